@@ -1,0 +1,53 @@
+"""From the command line to an exit status: 0 done, 1 failed, 2 bad arguments, 3 out of memory."""
+
+import dataclasses
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from src import interpreter
+from src.config import RunConfig, UsageError, make_parser, to_config
+from src.utils import error_line
+
+FAILED, BAD_ARGUMENTS, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 130
+
+
+def parse_config(description: str | None, defaults: RunConfig, *, cpu_defaults: Mapping[str, Any]) -> RunConfig:
+    """The command line as a `RunConfig` whose device is 'cuda' or 'cpu'.
+
+    `cpu_defaults` replace `defaults` where the run will be on a CPU. Bad arguments end the program with status 2.
+    """
+    parser = make_parser(description, defaults)
+    arguments = parser.parse_args()
+    try:
+        # Imported here so that --help and mistyped flags answer at once.
+        from src.runtime import resolve_device
+
+        device = resolve_device(arguments.device)
+        if device == "cpu":
+            interpreter.restart_interpreted()
+            parser.set_defaults(**cpu_defaults)
+            arguments = parser.parse_args()
+        return dataclasses.replace(to_config(arguments), device=device)
+    except UsageError as error:
+        error_line(error)
+        sys.exit(BAD_ARGUMENTS)
+
+
+def run(main: Callable[[RunConfig], int], config: RunConfig) -> int:
+    """The exit status of `main(config)`; an exception becomes one line on stderr, with --debug a traceback too."""
+    try:
+        return main(config)
+    except KeyboardInterrupt:
+        error_line("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if config.debug:
+            traceback.print_exc()
+        if isinstance(error, UsageError):
+            error_line(error)
+            return BAD_ARGUMENTS
+        hint = "" if config.debug else " (--debug shows where)"
+        error_line(f"{type(error).__name__}: {error}{hint}")
+        return FAILED

@@ -1,0 +1,104 @@
+"""Timing training steps and reading their peak memory. The contract:
+
+warm-up steps stay outside the clock; the device is synchronised before both clock reads; garbage and the allocator's
+cache are cleared once, before the first timed step; peaks are reset before each step; nothing of one step is held
+during the next; no profiler and no memory history runs here.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from src.runtime import Runtime
+
+PHASES = ("forward", "backward", "optimizer")
+Mark = Callable[[str], None]
+# step(mark) runs one optimizer step, calls mark(phase) as each phase begins, and returns the detached loss.
+Step = Callable[[Mark], torch.Tensor]
+
+
+def no_mark(phase: str) -> None:
+    """The mark of a timed step: does nothing."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One entry per timed step; memory in bytes."""
+
+    step_seconds: list[float]
+    losses: list[float]
+    peak_allocated_bytes: list[int]
+    peak_reserved_bytes: list[int | None]
+    device_used_bytes: int | None
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Largest peak of any timed step."""
+        return max(self.peak_allocated_bytes)
+
+    @property
+    def reserved_bytes(self) -> int | None:
+        """Largest reservation of any timed step, None where the device has no such counter."""
+        return None if None in self.peak_reserved_bytes else max(self.peak_reserved_bytes)
+
+
+def measure(step: Step, runtime: Runtime, *, warmup: int, iterations: int, description: str = "steps") -> Measurement:
+    """Run `warmup` steps, then time `iterations` steps one by one."""
+    seconds, losses, allocated, reserved = [], [], [], []
+    with tqdm(total=warmup + iterations, desc=description, unit="step", leave=False, disable=None) as progress:
+        for _ in range(warmup):
+            step(no_mark)
+            progress.update()
+        runtime.synchronize()
+        runtime.release_cache()
+        for _ in range(iterations):
+            runtime.reset_peak()
+            runtime.synchronize()
+            start = time.perf_counter()
+            loss = step(no_mark)
+            runtime.synchronize()
+            seconds.append(time.perf_counter() - start)
+            peak = runtime.peak_bytes()
+            allocated.append(peak[0])
+            reserved.append(peak[1])
+            losses.append(loss.item())
+            progress.update()
+    return Measurement(seconds, losses, allocated, reserved, runtime.device_used_bytes())
+
+
+@dataclass(frozen=True)
+class PhasePeaks:
+    """What one extra, untimed step showed."""
+
+    peak_bytes: dict[str, int]  # phase -> peak allocated while in it
+    grad_norm: float
+
+    @property
+    def phase(self) -> str:
+        """The phase that sets the step's peak; the earliest if several do."""
+        return max(self.peak_bytes, key=self.peak_bytes.__getitem__)
+
+
+def measure_phases(step: Step, runtime: Runtime, grad_norm: Callable[[], float]) -> PhasePeaks:
+    """Run one step; read the peak of each phase and, when the gradients are complete, their norm."""
+    peaks: dict[str, int] = {}
+    phases: list[str] = []
+    norms: list[float] = []
+
+    def close_phase() -> None:
+        if phases:
+            peaks[phases[-1]] = runtime.peak_bytes()[0]
+
+    def mark(phase: str) -> None:
+        close_phase()
+        if phase == "optimizer":
+            norms.append(grad_norm())
+        phases.append(phase)
+        runtime.reset_peak()
+
+    step(mark)
+    close_phase()
+    return PhasePeaks(peaks, norms[0])

@@ -1,0 +1,260 @@
+"""One JSON file per run: what was asked for, what was measured, on which machine. Base units: bytes and seconds.
+
+A record is a plain dict with every key of `EMPTY`. What was not measured is None, never a guess. Files are written
+atomically, so a record that exists is whole.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src import runtime
+from src.cli import OUT_OF_MEMORY
+from src.config import RunConfig, UsageError
+from src.measure import Measurement, PhasePeaks
+from src.utils import aligned_table, check_writable, format_bytes, median_and_iqr, write_atomically
+
+SCHEMA = 1
+
+EMPTY: dict[str, Any] = {
+    "schema": SCHEMA,
+    "run_name": None,
+    "script": None,  # "all_gpu" | "deepspeed"
+    "status": None,  # "ok" | "oom" | "error"
+    "mode": None,  # "measured" | "predicted" | "interpreted"
+    "config": None,
+    "implementations": None,  # which function or class implements each kernel's part of the model
+    "peak_memory_bytes": None,
+    "peak_reserved_bytes": None,
+    "device_used_bytes": None,
+    "host_peak_bytes": None,
+    "load_peak_bytes": None,  # peak while building the model, before the first step
+    "step_seconds": None,
+    "latency_s": None,
+    "latency_iqr_s": None,
+    "throughput_tokens_per_s": None,
+    "model_flops_per_step": None,
+    "mfu": None,
+    "mfu_peak_flops": None,  # the peak that mfu is relative to
+    "losses": None,
+    "loss": None,  # of the last timed step
+    "grad_norm": None,
+    "peak_breakdown": None,
+    "peak_phase": None,
+    "phase_peak_bytes": None,
+    "kernel_check": None,
+    "environment": None,
+    "error": None,
+}
+
+
+def new_record(script: str, mode: str, config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """A record of nothing yet."""
+    return EMPTY | {
+        "run_name": config.run_name,
+        "script": script,
+        "mode": mode,
+        "config": config.to_dict(),
+        "environment": runtime.environment(device),
+    }
+
+
+def add_measurement(record: dict[str, Any], measurement: Measurement) -> None:
+    """Fill in what the timed steps showed; times only if they are a GPU's."""
+    record |= {
+        "peak_memory_bytes": measurement.peak_memory_bytes,
+        "peak_reserved_bytes": measurement.reserved_bytes,
+        "device_used_bytes": measurement.device_used_bytes,
+        "host_peak_bytes": runtime.host_peak_bytes(),
+        "losses": measurement.losses,
+        "loss": measurement.losses[-1],
+    }
+    if record["mode"] == "measured":
+        _add_speed(record, measurement.step_seconds)
+
+
+def _add_speed(record: dict[str, Any], step_seconds: list[float]) -> None:
+    config = RunConfig.from_dict(record["config"])
+    latency, iqr = median_and_iqr(step_seconds)
+    peak = runtime.peak_flops(record["environment"]["gpu"], config.dtype)
+    record |= {
+        "step_seconds": step_seconds,
+        "latency_s": latency,
+        "latency_iqr_s": iqr,
+        "throughput_tokens_per_s": config.tokens_per_step / latency,
+        "mfu": None if peak is None else record["model_flops_per_step"] / latency / peak,
+        "mfu_peak_flops": peak,
+    }
+
+
+def add_phases(record: dict[str, Any], phases: PhasePeaks) -> None:
+    """Fill in what the extra step showed."""
+    in_load = record["load_peak_bytes"] is not None and record["load_peak_bytes"] > record["peak_memory_bytes"]
+    record |= {
+        "grad_norm": phases.grad_norm,
+        "peak_phase": "load" if in_load else phases.phase,
+        "phase_peak_bytes": phases.peak_bytes,
+    }
+
+
+@contextlib.contextmanager
+def recording(record: dict[str, Any], config: RunConfig) -> Iterator[None]:
+    """Save `record` whichever way the block ends; running out of GPU memory ends the block, not the program.
+
+    Any other exception is recorded as an error and goes on. Raises `UsageError` at once, with nothing recorded, if a
+    folder the run writes to cannot be written.
+    """
+    _check_folders(config)
+    watch = OutOfMemoryWatch()
+    try:
+        yield
+        record["status"] = "ok"
+    except UsageError:
+        raise
+    except torch.OutOfMemoryError as error:
+        record |= {"status": "oom", "error": _error(error) | watch.facts}
+    except Exception as error:
+        record |= {"status": "error", "error": _error(error)}
+        raise
+    finally:
+        if record["status"] is not None:
+            save(record, config.record_file)
+
+
+class OutOfMemoryWatch:
+    """Remembers what the CUDA allocator was asked for, and what was free, when it last gave up."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, int | None] = {"requested_bytes": None, "free_bytes": None, "allocated_bytes": None}
+        if torch.cuda.is_available():
+            torch._C._cuda_attach_out_of_memory_observer(self._observe)
+
+    def _observe(self, device: int, requested: int, allowed: int, driver_free: int) -> None:
+        # What this process could still have had: the driver's free memory, less under a cap, and its own unused blocks.
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        free = min(driver_free, allowed - reserved) + reserved - allocated
+        self.facts = {"requested_bytes": requested, "free_bytes": free, "allocated_bytes": allocated}
+
+
+def _error(error: BaseException) -> dict[str, Any]:
+    return {"type": type(error).__name__, "message": _first_line(error)}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinity, which JSON does not have, as None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def save(record: dict[str, Any], path: Path) -> None:
+    """Write the record and beside it, as the original did, its printed figures as text."""
+    text = json.dumps(_finite(record), indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_atomically(path.with_name(path.stem + ".txt"), lambda temporary: temporary.write_text(summary(record) + "\n"))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a record back. Raises `UsageError` if the file is not one."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not a readable record: {_first_line(error)}") from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise UsageError(f"{path} is not a record of schema {SCHEMA}")
+    return EMPTY | record
+
+
+def _check_folders(config: RunConfig) -> None:
+    for name in ("result_dir", "snapshot_dir", "log_dir"):
+        folder = getattr(config, name)
+        if not folder and name != "result_dir":
+            continue
+        try:
+            check_writable(Path(folder))
+        except OSError as error:
+            raise UsageError(f"--{name}: cannot write to {folder!r}: {error.strerror}") from error
+
+
+def exit_status(record: dict[str, Any]) -> int:
+    """0 for a record of a result, 3 for one of running out of memory."""
+    return OUT_OF_MEMORY if record["status"] == "oom" else 0
+
+
+def report(record: dict[str, Any], config: RunConfig) -> str:
+    """What a run prints at its end: what ran, its figures, and where the files are."""
+    kernels = ", ".join(config.strategy.kernels) or "none"
+    where = record["environment"]["gpu"] or "CPU"
+    lines = [
+        f"{config.model_name}, batch {config.batch_size} x {config.seq_length} tokens, {config.dtype}, on {where}",
+        f"Liger kernels: {kernels}; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
+        "",
+        summary(record),
+        "",
+        files_written(config),
+    ]
+    return "\n".join(lines)
+
+
+def files_written(config: RunConfig) -> str:
+    """The files of this run, a line each."""
+    files = {"record": config.record_file, "snapshot": config.snapshot_file, "logs": config.log_folder}
+    return "\n".join(f"{name:<8} {path}" for name, path in files.items() if path.exists())
+
+
+def summary(record: dict[str, Any]) -> str:
+    """The record's figures as an aligned table."""
+    if record["status"] == "error":
+        return f"Failed: {record['error']['message']}"
+    if record["status"] == "oom":
+        return _oom_summary(record["error"])
+    rows = [
+        ("Peak memory allocated", format_bytes(record["peak_memory_bytes"]), f"in the {record['peak_phase']} phase")
+    ]
+    if record["mode"] == "measured":
+        rows += _speed_rows(record)
+    rows += [
+        ("Host memory peak", format_bytes(record["host_peak_bytes"]), ""),
+        ("Loss", f"{record['loss']:.4f}", "last timed step"),
+    ]
+    if record["grad_norm"] is not None:
+        rows.append(("Gradient norm", f"{record['grad_norm']:.4f}", "one more step"))
+    width = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
+    return "\n".join(f"{name:<{width[0]}}  {value:>{width[1]}}  {note}".rstrip() for name, value, note in rows)
+
+
+def _speed_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    steps, iqr, peak = len(record["step_seconds"]), record["latency_iqr_s"], record["mfu_peak_flops"]
+    spread = "" if iqr is None else f", IQR {iqr * 1e3:.2f} ms"
+    rows = [
+        ("Peak memory reserved", format_bytes(record["peak_reserved_bytes"]), "by PyTorch's allocator"),
+        ("Memory used on the card", format_bytes(record["device_used_bytes"]), "driver's view, all programs"),
+        ("Latency", f"{record['latency_s'] * 1e3:,.2f} ms", f"median of {steps} steps{spread}"),
+        ("Throughput", f"{record['throughput_tokens_per_s']:,.0f} tokens/s", ""),
+    ]
+    if peak is None:
+        return [*rows, ("MFU", "n/a", "no data-sheet peak known for this GPU")]
+    return [*rows, ("MFU", f"{record['mfu']:.1%}", f"of {peak / 1e12:,.0f} TFLOP/s (data sheet, dense)")]
+
+
+def _oom_summary(error: dict[str, Any]) -> str:
+    rows = [
+        ("Out of memory", ""),
+        ("asked for", format_bytes(error["requested_bytes"])),
+        ("free", format_bytes(error["free_bytes"])),
+        ("already allocated", format_bytes(error["allocated_bytes"])),
+    ]
+    return aligned_table(rows)

@@ -1,0 +1,89 @@
+"""Small helpers that know nothing of experiments."""
+
+import os
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+MIB = 2**20
+GIB = 2**30
+
+
+def set_seed(seed: int) -> None:
+    """Seed every random generator an experiment draws from."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def print_rank0(*args: object) -> None:
+    """Print once per job, not once per process."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(*args, flush=True)
+
+
+def random_batch(vocab_size: int, batch_size: int, seq_length: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch of random tokens that are their own labels, int64 of shape (batch_size, seq_length), without padding."""
+    input_ids = torch.randint(vocab_size, (batch_size, seq_length), device=device)
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+def median_and_iqr(values: Sequence[float]) -> tuple[float, float | None]:
+    """Median and interquartile range (linear interpolation); the range of fewer than two values is None."""
+    if len(values) < 2:
+        return statistics.median(values), None
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return statistics.median(values), third - first
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it into place: readers see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:60]}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and a file in it, so that a run does not find out at its end. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def format_bytes(count: int | None) -> str:
+    """`count` in MiB, in GiB from 10 GiB on; 'n/a' for a figure that was not measured."""
+    if count is None:
+        return "n/a"
+    return f"{count / GIB:,.2f} GiB" if count >= 10 * GIB else f"{count / MIB:,.1f} MiB"
+
+
+def aligned_table(rows: Sequence[Sequence[str]]) -> str:
+    """`rows` with columns padded to one width each; the first column is left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def error_line(message: object) -> None:
+    """One line on stderr, however many the message has."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
