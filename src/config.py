@@ -162,6 +162,8 @@ def _name_part(value: Any) -> str:
     """`value` as part of a file name, different for different values."""
     if isinstance(value, bool):
         return str(int(value))
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        value = f"{value:g}"
     # Hub ids read well as org--model; whatever else a path may hold is percent-encoded.
     text = str(value)
     text = quote(text if "--" in text else text.replace("/", "--"), safe="")

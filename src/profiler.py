@@ -36,7 +36,7 @@ def write_tensorboard(folder: Path, record: dict[str, Any], measurement: Measure
                 writer.add_scalar("time/tokens_per_s", tokens / measurement.step_seconds[i], i)
         for name in ("config", "environment", "implementations"):
             writer.add_text(name, _markdown_table(record[name]))
-        hparams = {key: value for key, value in config.items() if isinstance(value, bool | int | float | str)}
+        hparams = {k: v for k, v in config.items() if v is not None and not k.endswith("_dir") and k != "debug"}
         metrics = {f"result/{key}": record[key] for key in _METRICS if record[key] is not None}
         # run_name="." keeps the hparams in this run's folder instead of one named after the time.
         writer.add_hparams(hparams, metrics, run_name=".")
@@ -52,7 +52,7 @@ def trace_step(step: Step, path: Path) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler, _phase_ranges() as mark:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler, _phase_ranges() as mark:
         step(mark)
         if torch.cuda.is_available():
             torch.cuda.synchronize()

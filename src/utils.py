@@ -68,10 +68,8 @@ def check_writable(folder: Path) -> None:
 
 
 def format_bytes(count: int | None) -> str:
-    """`count` in MiB, in GiB from 10 GiB on; 'n/a' for a figure that was not measured."""
-    if count is None:
-        return "n/a"
-    return f"{count / GIB:,.2f} GiB" if count >= 10 * GIB else f"{count / MIB:,.1f} MiB"
+    """`count` in MiB; 'n/a' for a figure that was not measured."""
+    return "n/a" if count is None else f"{count / MIB:,.1f} MiB"
 
 
 def aligned_table(rows: Sequence[Sequence[str]]) -> str:
