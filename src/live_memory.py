@@ -1,9 +1,11 @@
-"""Counts the bytes of live tensors, storage by storage, as a GPU's caching allocator would.
+"""Counts the bytes of live tensors, storage by storage, as a GPU's allocator would.
 
-A CPU has no peak-memory counter. This mode sees every operation, adds each new storage when an operation returns it
-and takes it off when it is freed, so `peak_bytes` has the meaning of `torch.cuda.max_memory_allocated`.
+A CPU has no peak-memory counter. This mode sees every operation, gives each new storage a block of a simulated
+allocator when an operation returns it, and takes the block back when the storage is freed; so `peak_bytes` has the
+meaning of `torch.cuda.max_memory_allocated`.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,13 +13,11 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# The allocator hands out multiples of this: kMinBlockSize in c10/cuda/CUDACachingAllocator.cpp.
-BLOCK_BYTES = 512
+from src.allocator import Block, CachingAllocator
 
 
-def allocated_bytes(count: int) -> int:
-    """Bytes the CUDA caching allocator counts as allocated for a request of `count` bytes."""
-    return -(-count // BLOCK_BYTES) * BLOCK_BYTES
+# Modules between an operation and a mode's __torch_dispatch__, which PyTorch wraps.
+_DISPATCHING = ("torch._dynamo", "torch._compile")
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -32,34 +32,78 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 class LiveMemory(TorchDispatchMode):
-    """While entered, keeps `live_bytes` and `peak_bytes` of the storages that operations create."""
+    """While entered, gives every storage that operations create a block of `allocator`."""
 
-    def __init__(self) -> None:
+    def __init__(self, allocator: CachingAllocator | None = None) -> None:
         super().__init__()
-        self.live_bytes = 0
-        self.peak_bytes = 0
-        self._sizes: dict[int, int] = {}
+        self.allocator = allocator or CachingAllocator()
+        self.blocks: dict[int, Block] = {}  # block of each live storage, by the address of its StorageImpl
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes of the blocks that are alive."""
+        return self.allocator.allocated_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest `live_bytes` since the last `reset_peak`."""
+        return self.allocator.peak_allocated_bytes
 
     def reset_peak(self) -> None:
         """Let the peak start again from what is alive now."""
-        self.peak_bytes = self.live_bytes
+        self.allocator.reset_peak()
+
+    def block_of(self, tensor: torch.Tensor) -> Block | None:
+        """The block that holds `tensor`, None if it has no bytes or was made outside."""
+        return self.blocks.get(tensor.untyped_storage()._cdata)
 
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        reused = args[0].untyped_storage() if _adds_in_place(func, args) else None
         result = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(result):
-            self._add(tensor.untyped_storage())
+        self.account(result, func, reused)
         return result
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = allocated_bytes(storage.nbytes())
-        self.live_bytes += self._sizes[key]
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._remove, key)
+    def account(self, result: Any, func: Callable, reused: torch.UntypedStorage | None = None) -> None:
+        """Give the new storages in an operation's `result` their blocks; the first takes over that of `reused`."""
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata in self.blocks or storage.nbytes() == 0:
+                continue
+            block = None if reused is None else self.blocks.pop(reused._cdata, None)
+            block = block or self.allocate(storage.nbytes(), func)
+            self.blocks[storage._cdata] = block
+            weakref.finalize(storage, self._storage_freed, storage._cdata, block)
 
-    def _remove(self, key: int) -> None:
-        self.live_bytes -= self._sizes.pop(key)
+    def allocate(self, count: int, func: Callable | None) -> Block:
+        """A block for `count` bytes that operation `func` asked for."""
+        return self.allocator.allocate(count)
+
+    def free(self, block: Block) -> None:
+        """Take back a block."""
+        self.allocator.free(block)
+
+    def _storage_freed(self, key: int, block: Block) -> None:
+        # A block that was taken over by another storage is that storage's to free.
+        if self.blocks.get(key) is block:
+            del self.blocks[key]
+            self.free(block)
+
+
+def _adds_in_place(func: Callable, args: Sequence[Any]) -> bool:
+    """Whether, without a mode, this operation would write to its first argument: autograd's sum of two gradients.
+
+    The engine adds the gradients that reach a node into the first one's memory if nobody else holds it, but out of
+    place whenever a dispatch mode is active (torch/csrc/autograd/input_buffer.cpp). It calls from C++, so the nearest
+    Python frame is the one that started it; a tensor that only it holds has the use counts below in here.
+    """
+    if func is not torch.ops.aten.add.Tensor or torch.is_grad_enabled():
+        return False
+    caller = sys._getframe(2)
+    while caller.f_code.co_name == "__torch_dispatch__" or caller.f_globals["__name__"].startswith(_DISPATCHING):
+        caller = caller.f_back
+    if caller.f_code.co_name != "_engine_run_backward":
+        return False
+    first = args[0]
+    return first._use_count() == 4 and torch._C._storage_Use_Count(first.untyped_storage()._cdata) == 2

@@ -8,12 +8,21 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
+from src.config import RunConfig, Strategy
 from src.measure import Mark, Measurement, Step
-from src.utils import MIB, write_atomically
+from src.utils import GIB, MIB, write_atomically
 
-# What TensorBoard's HPARAMS page compares.
-_METRICS = ("peak_memory_bytes", "peak_reserved_bytes", "latency_s", "throughput_tokens_per_s", "mfu", "loss")
+# Columns of TensorBoard's HPARAMS page, which shows the first five: tag -> (key of the record, divisor).
+_RESULTS = {
+    "run/peak_GiB": ("peak_memory_bytes", GIB),
+    "run/step_s": ("latency_s", 1),
+    "run/tokens_per_s": ("throughput_tokens_per_s", 1),
+    "run/mfu": ("mfu", 1),
+    "run/reserved_GiB": ("peak_reserved_bytes", GIB),
+    "run/loss": ("loss", 1),
+}
 
 
 def write_tensorboard(folder: Path, record: dict[str, Any], measurement: Measurement) -> None:
@@ -24,22 +33,36 @@ def write_tensorboard(folder: Path, record: dict[str, Any], measurement: Measure
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
-    config = record["config"]
-    tokens = config["batch_size"] * config["seq_length"]
+    config = RunConfig.from_dict(record["config"])
     with SummaryWriter(str(folder)) as writer:
         for i, loss in enumerate(measurement.losses):
-            writer.add_scalar("train/loss", loss, i)
-            writer.add_scalar("memory/peak_allocated_MiB", measurement.peak_allocated_bytes[i] / MIB, i)
+            writer.add_scalar("step/loss", loss, i)
+            writer.add_scalar("step/peak_allocated_MiB", measurement.peak_allocated_bytes[i] / MIB, i)
             if record["mode"] == "measured":
-                writer.add_scalar("memory/peak_reserved_MiB", measurement.peak_reserved_bytes[i] / MIB, i)
-                writer.add_scalar("time/step_s", measurement.step_seconds[i], i)
-                writer.add_scalar("time/tokens_per_s", tokens / measurement.step_seconds[i], i)
+                writer.add_scalar("step/peak_reserved_MiB", measurement.peak_reserved_bytes[i] / MIB, i)
+                writer.add_scalar("step/seconds", measurement.step_seconds[i], i)
+                writer.add_scalar("step/tokens_per_s", config.tokens_per_step / measurement.step_seconds[i], i)
         for name in ("config", "environment", "implementations"):
             writer.add_text(name, _markdown_table(record[name]))
-        hparams = {k: v for k, v in config.items() if v is not None and not k.endswith("_dir") and k != "debug"}
-        metrics = {f"result/{key}": record[key] for key in _METRICS if record[key] is not None}
-        # run_name="." keeps the hparams in this run's folder instead of one named after the time.
-        writer.add_hparams(hparams, metrics, run_name=".")
+        _add_hparams(writer, config, record)
+
+
+def _add_hparams(writer: SummaryWriter, config: RunConfig, record: dict[str, Any]) -> None:
+    """One row of the HPARAMS page: what runs are compared by, and their results; everything else is in the text."""
+    kernels = config.strategy.kernels
+    shown = {
+        "Liger": "all" if config.strategy == Strategy() else "+".join(kernels) or "none",  # capitals sort first
+        "batch_size": config.batch_size,
+        "dtype": config.dtype,
+        "model_name": config.model_name,
+        "seq_length": config.seq_length,
+    }
+    # TensorBoard takes the columns from any one run, so each run names them all, also those it has no figure for.
+    for summary in hparams(shown, dict.fromkeys(_RESULTS, 0.0)):
+        writer.file_writer.add_summary(summary)
+    for tag, (key, divisor) in _RESULTS.items():
+        if record[key] is not None:
+            writer.add_scalar(tag, record[key] / divisor, config.iterations - 1)
 
 
 def _markdown_table(values: dict[str, Any]) -> str:

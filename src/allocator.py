@@ -1,0 +1,141 @@
+"""A model of PyTorch's CUDA caching allocator: which blocks it would hand out, without a GPU.
+
+What `torch.cuda.max_memory_allocated` counts is whole blocks, not the bytes asked for: requests are rounded, a large
+block is only split when more than 1 MiB would be left, and what is reserved depends on how freed blocks merge. The
+rules and constants are those of c10/cuda/CUDACachingAllocator.cpp under its default settings (one stream, no
+expandable segments).
+"""
+
+import bisect
+from dataclasses import dataclass, field
+
+MIB = 2**20
+MIN_BLOCK_BYTES = 512  # every request is rounded up to a multiple of this
+SMALL_BYTES = MIB  # requests up to this size share small segments
+SMALL_SEGMENT_BYTES = 2 * MIB
+LARGE_SEGMENT_BYTES = 20 * MIB  # segment for requests between SMALL_BYTES and MIN_OWN_SEGMENT_BYTES
+MIN_OWN_SEGMENT_BYTES = 10 * MIB  # from here a request gets a segment of its own ...
+SEGMENT_ROUND_BYTES = 2 * MIB  # ... rounded up to a multiple of this
+
+
+class SimulatedOutOfMemory(Exception):
+    """The simulated card has no room for a request."""
+
+    def __init__(self, requested_bytes: int, free_bytes: int, allocated_bytes: int) -> None:
+        super().__init__(f"a card of this size has no room for {requested_bytes} more bytes")
+        self.facts = {
+            "requested_bytes": requested_bytes,
+            "free_bytes": free_bytes,
+            "allocated_bytes": allocated_bytes,
+        }
+
+
+@dataclass(eq=False)
+class Block:
+    """A piece of a segment; neighbours in the same segment are linked."""
+
+    address: int
+    size: int
+    pool: list[tuple[int, int, "Block"]] = field(repr=False)
+    is_free: bool = True
+    previous: "Block | None" = field(default=None, repr=False)
+    next: "Block | None" = field(default=None, repr=False)
+
+
+def rounded(count: int) -> int:
+    """Bytes of the block that a request of `count` bytes needs."""
+    return max(MIN_BLOCK_BYTES, -(-count // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+
+
+def _segment_bytes(size: int) -> int:
+    if size <= SMALL_BYTES:
+        return SMALL_SEGMENT_BYTES
+    if size < MIN_OWN_SEGMENT_BYTES:
+        return LARGE_SEGMENT_BYTES
+    return -(-size // SEGMENT_ROUND_BYTES) * SEGMENT_ROUND_BYTES
+
+
+class CachingAllocator:
+    """Allocates simulated blocks and counts them; `limit_bytes` bounds what can be reserved."""
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
+        self.limit_bytes = limit_bytes
+        self.allocated_bytes = 0
+        self.reserved_bytes = 0
+        self.peak_allocated_bytes = 0
+        self.peak_reserved_bytes = 0
+        self.segments: dict[int, Block] = {}  # address -> first block
+        # Free blocks of each pool as (size, address, block), sorted: the first that is large enough is the best fit.
+        self._small: list[tuple[int, int, Block]] = []
+        self._large: list[tuple[int, int, Block]] = []
+        self._next_address = 0x7F0000000000
+
+    def reset_peak(self) -> None:
+        """Let both peaks start again from now."""
+        self.peak_allocated_bytes = self.allocated_bytes
+        self.peak_reserved_bytes = self.reserved_bytes
+
+    def allocate(self, count: int) -> Block:
+        """A block of at least `count` > 0 bytes. Raises `SimulatedOutOfMemory` where `limit_bytes` forbids it."""
+        size = rounded(count)
+        pool = self._small if size <= SMALL_BYTES else self._large
+        block = self._best_fit(pool, size) or self._new_segment(pool, size)
+        left = block.size - size
+        if left >= MIN_BLOCK_BYTES if pool is self._small else left > SMALL_BYTES:
+            self._split(block, size)
+        block.is_free = False
+        self.allocated_bytes += block.size
+        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        return block
+
+    def free(self, block: Block) -> None:
+        """Take a block back and merge it with free neighbours."""
+        self.allocated_bytes -= block.size
+        block.is_free = True
+        for left, right in ((block, block.next), (block.previous, block)):
+            if left is not None and right is not None and left.is_free and right.is_free:
+                self._forget(left if right is block else right)
+                self._merge(left, right)
+                block = left
+        bisect.insort(block.pool, (block.size, block.address, block))
+
+    def release_cached(self) -> None:
+        """Return segments in which everything is free to the driver, as `torch.cuda.empty_cache` does."""
+        for first in [first for first in self.segments.values() if first.is_free and first.next is None]:
+            self._forget(first)
+            del self.segments[first.address]
+            self.reserved_bytes -= first.size
+
+    def _best_fit(self, pool: list[tuple[int, int, Block]], size: int) -> Block | None:
+        index = bisect.bisect_left(pool, (size, 0))
+        return pool.pop(index)[2] if index < len(pool) else None
+
+    def _new_segment(self, pool: list[tuple[int, int, Block]], size: int) -> Block:
+        segment_bytes = _segment_bytes(size)
+        if self.limit_bytes is not None and self.reserved_bytes + segment_bytes > self.limit_bytes:
+            self.release_cached()
+            if self.reserved_bytes + segment_bytes > self.limit_bytes:
+                raise SimulatedOutOfMemory(size, self.limit_bytes - self.allocated_bytes, self.allocated_bytes)
+        block = Block(self._next_address, segment_bytes, pool)
+        self._next_address += segment_bytes
+        self.segments[block.address] = block
+        self.reserved_bytes += segment_bytes
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        return block
+
+    def _split(self, block: Block, size: int) -> None:
+        rest = Block(block.address + size, block.size - size, block.pool, previous=block, next=block.next)
+        if rest.next is not None:
+            rest.next.previous = rest
+        block.next, block.size = rest, size
+        bisect.insort(rest.pool, (rest.size, rest.address, rest))
+
+    def _merge(self, left: Block, right: Block) -> None:
+        left.size += right.size
+        left.next = right.next
+        if left.next is not None:
+            left.next.previous = left
+
+    def _forget(self, block: Block) -> None:
+        """Take a free block out of its pool."""
+        del block.pool[bisect.bisect_left(block.pool, (block.size, block.address))]

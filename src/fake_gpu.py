@@ -1,0 +1,282 @@
+"""A GPU that is not there: tensors without data that report a CUDA device and take simulated memory.
+
+Inside `FakeGpu.active()` code that asks for CUDA gets PyTorch's fake tensors. They carry shapes and dtypes through real
+autograd, real optimizers and Liger's own Python wrappers; nothing is computed. PyTorch builds for CPUs cannot make fake
+CUDA tensors, so the fakes are CPU tensors that say `cuda` to Python. What a GPU would allocate beyond the tensors that
+operations return (library workspaces, temporaries inside kernels) is listed in `_TEMPORARIES`.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from src.allocator import Block, CachingAllocator
+from src.live_memory import LiveMemory
+
+aten = torch.ops.aten
+_CUDA, _CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Card:
+    """The GPU that is simulated."""
+
+    name: str
+    memory_bytes: int
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+# As PyTorch reports it; the study's measurements were made on it.
+H100 = Card("NVIDIA H100 80GB HBM3", 85017493504, (9, 0), 132)
+
+
+def _matmul_workspace_bytes(card: Card) -> int:
+    """cuBLAS workspace of one thread and stream (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
+    return 4096 * 8 * 1024 if card.capability[0] == 9 else (4096 * 2 + 16 * 8) * 1024
+
+
+def _embedding_backward_bytes(grad: torch.Tensor, indices: torch.Tensor, *_: Any) -> list[int]:
+    """Sorted indices and partial sums per row (aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu)."""
+    count = indices.numel()
+    if count <= 3072:
+        return []
+    rows = count + count // 10  # at most this many partial sums, in fp32
+    return [8 * count] * 6 + [8 * rows, 4 * rows * grad.shape[-1]]
+
+
+def _cudnn_attention_backward_bytes(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> list[int]:
+    """cuDNN's workspace: dQ and a row sum in fp32 and, with grouped queries, dK and dV of every query head.
+
+    Found by measuring on an H100 with PyTorch 2.11 and cuDNN 9.
+    """
+    batch, heads, length, width = query.shape
+    rows = batch * heads * length
+    grouped = 2 * 2 * rows * width if key.shape[1] != heads else 0
+    return [4 * rows * width + 4 * rows + grouped]
+
+
+def _flash_attention_backward_bytes(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> list[int]:
+    """FlashAttention 2's fp32 dQ, row sums, and ungrouped dK and dV (aten/.../cuda/flash_attn/flash_api.cpp)."""
+    batch, heads, length, width = query.shape
+    rows = batch * heads * (-(-length // 128) * 128)
+    grouped = [2 * batch * heads * length * width] * 2 if key.shape[1] != heads else []
+    return [4 * rows, 4 * rows * (-(-width // 32) * 32), *grouped]
+
+
+# Memory that a CUDA kernel takes and gives back while it runs, besides its outputs: bytes of each request.
+_TEMPORARIES: dict[Callable, Callable[..., list[int]]] = {
+    aten.embedding_dense_backward.default: _embedding_backward_bytes,
+    aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_attention_backward_bytes,
+    aten._scaled_dot_product_flash_attention_backward.default: _flash_attention_backward_bytes,
+}
+
+_MATMULS = {aten.mm.default, aten.mm.out, aten.bmm.default, aten.addmm.default, aten.addmm.out, aten.baddbmm.default}
+
+
+@dataclass(eq=False)
+class Allocation:
+    """One request for memory: when, by what, and where it went."""
+
+    size: int
+    address: int
+    phase: str
+    module: str  # dotted path of the innermost module that is running, "" outside the model
+    operation: str
+    frames: tuple[tuple[str, int, str], ...]  # (file, line, function), innermost first
+    in_backward_of_loss: bool = False
+    freed: bool = False
+
+
+class FakeGpu(LiveMemory):
+    """Gives fake tensors memory on a simulated `card`, and remembers every request.
+
+    `phase` is the caller's to set. `limit_bytes` bounds what can be reserved; without it everything fits.
+    """
+
+    def __init__(self, card: Card = H100, limit_bytes: int | None = None) -> None:
+        super().__init__(CachingAllocator(limit_bytes))
+        self.card = card
+        self.phase = "load"
+        self.events: list[tuple[str, Allocation]] = []  # ("alloc" | "free", which), in order
+        self.allocations: dict[Block, Allocation] = {}  # of the live blocks
+        self.record_frames = False
+        self._modules: list[str] = []  # dotted paths of the modules that are running
+        self._loss_nodes = range(0)  # sequence numbers of the autograd nodes of LM head and loss
+        self._inside_operation = False
+        self._workspaces: set[bool] = set()  # cuBLAS keeps one for the main thread and one for autograd's
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Let everything in the block run on this GPU."""
+        with contextlib.ExitStack() as stack:
+            for patch in self._patches():
+                stack.enter_context(patch)
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(self)
+            yield
+
+    def watch(self, model: torch.nn.Module) -> None:
+        """Note from now on which module of `model` asks for memory."""
+
+        def leave(*_: Any) -> None:
+            self._modules.pop()
+
+        for path, module in model.named_modules():
+            module.register_forward_pre_hook(lambda _module, _args, path=path: self._modules.append(path))
+            module.register_forward_hook(leave, always_call=True)  # a recomputation may end early
+        # Nodes made between the end of the decoder and the end of the model belong to the LM head and the loss.
+        start = None
+
+        def decoder_done(*_: Any) -> None:
+            nonlocal start
+            start = torch.autograd._get_sequence_nr()
+
+        def model_done(*_: Any) -> None:
+            self._loss_nodes = range(start, torch.autograd._get_sequence_nr())
+
+        model.model.register_forward_hook(decoder_done)
+        model.register_forward_hook(model_done)
+
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is aten._local_scalar_dense.default:
+            return _any_value(args[0].dtype)
+        if func is aten.equal.default:
+            return True
+        kwargs = dict(kwargs or {})
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            kwargs["device"] = _CPU
+        inside, self._inside_operation = self._inside_operation, True
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self._inside_operation = inside
+        self._take_temporaries(func, args)
+        return result
+
+    def allocate(self, count: int, func: Callable | None) -> Block:
+        block = super().allocate(count, func)
+        node = torch._C._current_autograd_node() if self.phase == "backward" else None
+        allocation = Allocation(
+            size=block.size,
+            address=block.address,
+            phase=self.phase,
+            module=self._modules[-1] if self._modules else "",
+            operation=str(func) if func is not None else "workspace",
+            frames=_frames() if self.record_frames else (),
+            in_backward_of_loss=node is not None and node._sequence_nr() in self._loss_nodes,
+        )
+        self.allocations[block] = allocation
+        self.events.append(("alloc", allocation))
+        return block
+
+    def free(self, block: Block) -> None:
+        super().free(block)
+        self.events.append(("free", self.allocations.pop(block)))
+
+    def _take_temporaries(self, func: Callable, args: Sequence[Any]) -> None:
+        """What a kernel takes besides its outputs, and gives back at its end."""
+        if func in _MATMULS:
+            thread = torch._C._current_autograd_node() is not None
+            if thread not in self._workspaces:
+                self._workspaces.add(thread)
+                self.allocate(_matmul_workspace_bytes(self.card), None)
+        if func in _TEMPORARIES:
+            for block in [self.allocate(count, func) for count in _TEMPORARIES[func](*args)]:
+                self.free(block)
+
+    def _patches(self) -> Iterator[contextlib.AbstractContextManager]:
+        """Everything that would ask a real GPU, or that treats fake tensors unlike real ones."""
+        card = self.card
+        properties = SimpleNamespace(
+            name=card.name,
+            major=card.capability[0],
+            minor=card.capability[1],
+            total_memory=card.memory_bytes,
+            multi_processor_count=card.multiprocessors,
+            gcnArchName="",
+        )
+
+        def device(tensor: FakeTensor) -> torch.device:
+            if tensor.fake_mode.in_kernel_invocation:
+                return torch.device("meta")
+            return tensor.fake_device if self._inside_operation else _CUDA
+
+        yield mock.patch.object(FakeTensor, "device", property(device))
+        yield mock.patch.object(FakeTensor, "is_cuda", property(lambda tensor: True), create=True)
+        replacements = {
+            "torch.cuda._lazy_init": lambda: None,
+            "torch.cuda.device": lambda device: contextlib.nullcontext(),
+            "torch.cuda.current_device": lambda: 0,
+            "torch.cuda.get_device_capability": lambda device=None: card.capability,
+            "torch.cuda.get_device_properties": lambda device=None: properties,
+            "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+            "torch.nn.functional.scaled_dot_product_attention": _attention,
+            "transformers.masking_utils.is_tracing": lambda *_: False,
+        }
+        # A kernel launch writes to memory its caller allocated, so leaving it out changes no peak.
+        for launcher in (
+            "triton.runtime.jit.JITFunction",
+            "triton.runtime.interpreter.InterpretedFunction",
+            "triton.runtime.autotuner.Autotuner",
+            "triton.runtime.autotuner.Heuristics",
+        ):
+            replacements[f"{launcher}.run"] = lambda *_args, **_kwargs: None
+        for name, replacement in replacements.items():
+            yield mock.patch(name, replacement)
+
+
+def _any_value(dtype: torch.dtype) -> bool | int | float:
+    """A stand-in for a number that would have to be computed; shapes here do not depend on any."""
+    return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """Scaled dot-product attention through the kernel that PyTorch picks on a GPU.
+
+    Half precision takes cuDNN's on Hopper and FlashAttention elsewhere; neither makes a length x length tensor. In
+    fp32 only the plain formula takes grouped queries (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    """
+    half = query.dtype in (torch.float16, torch.bfloat16) and attn_mask is None
+    if half and torch.cuda.get_device_capability()[0] == 9 and query.shape[-1] <= 128:
+        return aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, query.requires_grad, dropout_p, is_causal, False, scale=scale
+        )[0]
+    if half:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if enable_gqa:
+        return aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=True
+        )[0]
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def _frames() -> tuple[tuple[str, int, str], ...]:
+    """The Python stack outside this module and PyTorch's dispatching, innermost first."""
+    frames, frame = [], sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if not name.startswith(("src.fake_gpu", "src.live_memory", "torch._dynamo", "torch._compile")):
+            frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+        frame = frame.f_back
+    return tuple(frames)
