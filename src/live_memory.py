@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.allocator import Block, CachingAllocator
 
-
 # Modules between an operation and a mode's __torch_dispatch__, which PyTorch wraps.
 _DISPATCHING = ("torch._dynamo", "torch._compile")
 
