@@ -3,6 +3,8 @@
     python all_gpu_liger_kernel.py                                   # every Liger kernel
     python all_gpu_liger_kernel.py --enable_rope 0 --enable_swiglu 0 --enable_rms 0 --enable_flce 0   # none
     python all_gpu_liger_kernel.py --batch_size 16 --memory_limit_gib 24   # what a 24 GB card would do
+    python all_gpu_liger_kernel.py --dry_run                         # predict the peak; needs no GPU
+    python all_gpu_liger_kernel.py --dry_run --gpu_memory_gib 24 --find_max batch_size
 
 Trains on random tokens for a few steps and reports peak memory, latency and throughput; leaves a record in results/,
 a memory snapshot in snap_shots/ and TensorBoard logs in logs/. Without a GPU it checks the kernels instead: see
@@ -15,7 +17,7 @@ measure, not to train.
 
 import sys
 
-from src import kernel_check, records
+from src import dry_run, frontier, kernel_check, records
 from src.cli import parse_config, run
 from src.config import RunConfig, Strategy
 from src.experiment import Experiment
@@ -65,13 +67,17 @@ def build_experiment(config: RunConfig, runtime: Runtime) -> Experiment:
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return Experiment(model, scaler, step)
+    return Experiment(model, optimizer, scaler, step)
 
 
 def main(config: RunConfig) -> int:
     """Run the experiment `config` describes; returns the exit status."""
+    if config.find_max:
+        return frontier.main(config, build_experiment, main)
+    if config.dry_run:
+        return dry_run.main(config, build_experiment)
     if config.device == "cpu":
-        return kernel_check.main(config, build_experiment)
+        return kernel_check.main(config, build_experiment, DEFAULTS)
     runtime = CudaRuntime(config)
     record = records.new_record("all_gpu", "measured", config, runtime.device)
     with records.recording(record, config):

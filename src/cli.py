@@ -8,6 +8,7 @@ from typing import Any
 
 from src import interpreter
 from src.config import RunConfig, UsageError, make_parser, to_config
+from src.runtime import resolve_device
 from src.utils import error_line
 
 FAILED, BAD_ARGUMENTS, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 130
@@ -21,10 +22,9 @@ def parse_config(description: str | None, defaults: RunConfig, *, cpu_defaults: 
     parser = make_parser(description, defaults)
     arguments = parser.parse_args()
     try:
-        # Imported here so that --help and mistyped flags answer at once.
-        from src.runtime import resolve_device
-
-        device = resolve_device(arguments.device)
+        # A dry run and a search plan for a GPU, whether there is one or not.
+        plans = arguments.dry_run or arguments.find_max
+        device = "cuda" if plans else resolve_device(arguments.device)
         if device == "cpu":
             interpreter.restart_interpreted()
             parser.set_defaults(**cpu_defaults)

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 DTYPES = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cuda", "cpu")
+SEARCHED = ("batch_size", "seq_length")
 ATTENTION = ("sdpa", "flash_attention_2", "eager")
 
 # Class in torch.optim and its keyword arguments.
@@ -87,6 +88,9 @@ class RunConfig:
     attention: str = _option("sdpa", "Hugging Face attention implementation", tag="", choices=ATTENTION)
     device: str = _option("auto", "auto takes the GPU where there is one", tag="", choices=DEVICES)
     memory_limit_gib: float | None = _option(None, "cap the GPU allocator, as on a smaller card", tag="limit")
+    dry_run: bool = _option(False, "predict the peak on fake tensors, without a GPU", tag="dryrun")
+    gpu_memory_gib: float | None = _option(None, "memory of the card that a dry run must fit into", tag="gpu")
+    find_max: str | None = _option(None, "search the largest that fits", tag="max", choices=SEARCHED)
     pretrained: bool = _option(False, "load the real weights instead of random ones", tag="pretrained")
     seed: int = _option(42, "of weights and tokens", tag="seed")
     result_dir: str = _option("results", "where the record goes")
@@ -95,14 +99,22 @@ class RunConfig:
     debug: bool = _option(False, "show the traceback of an error")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "seq_length", "iterations", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"--{name} must be greater than 0, got {getattr(self, name)}")
-        for name in ("warmup", "seed"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"--{name} must not be negative, got {getattr(self, name)}")
-        if self.memory_limit_gib is not None and not self.memory_limit_gib > 0:
-            raise UsageError(f"--memory_limit_gib must be greater than 0, got {self.memory_limit_gib}")
+        bounds = {
+            "batch_size": (1, 2**31),
+            "seq_length": (2, 2**31),  # the labels are the tokens, shifted by one
+            "iterations": (1, 2**31),
+            "warmup": (0, 2**31),
+            "seed": (0, 2**63 - 1),
+        }
+        for name, (smallest, largest) in bounds.items():
+            if not smallest <= getattr(self, name) <= largest:
+                raise UsageError(f"--{name} must be from {smallest} to {largest}, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise UsageError(f"--learning_rate must be greater than 0, got {self.learning_rate}")
+        for name in ("memory_limit_gib", "gpu_memory_gib"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"--{name} must be greater than 0, got {value}")
 
     @property
     def tokens_per_step(self) -> int:
@@ -123,7 +135,8 @@ class RunConfig:
             if tag is None or value == f.default or (f.name, value) == ("device", "cuda"):
                 continue
             name += f"_{tag}{_name_part(value)}"
-        return name
+        # File systems take names of 255 bytes, and a suffix follows.
+        return name if len(name) < 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, the strategy's among them, as JSON values."""
@@ -163,12 +176,11 @@ def _name_part(value: Any) -> str:
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, float) and float(f"{value:g}") == value:
-        value = f"{value:g}"
-    # Hub ids read well as org--model; whatever else a path may hold is percent-encoded.
-    text = str(value)
-    text = quote(text if "--" in text else text.replace("/", "--"), safe="")
-    # File systems take names of 255 bytes.
-    return text if len(text) <= 60 else f"{text[-40:]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return f"{value:g}"
+    if not isinstance(value, str) or value in OPTIMIZERS or value in ATTENTION or value in SEARCHED:
+        return str(value)
+    # A model: org+model reads well; "_" separates the parts of a name, so it is encoded like the rest.
+    return quote(value, safe="").replace("_", "%5F").replace("%2F", "+")
 
 
 def _flag01(text: str) -> bool:
@@ -178,15 +190,15 @@ def _flag01(text: str) -> bool:
 
 
 def _add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, default: Any) -> None:
-    shown = int(default) if f.type is bool else default
+    shown = "" if default is None else f" (default: {int(default) if f.type is bool else default})"
     flag = "--" + (f.metadata["flag"] or f.name)
-    kwargs = {"dest": f.name, "default": default, "help": f"{f.metadata['help']} (default: {shown})"}
-    if f.type is bool and f.name in ("pretrained", "debug"):
+    kwargs = {"dest": f.name, "default": default, "help": f.metadata["help"] + shown}
+    if f.type is bool and f.name in ("dry_run", "pretrained", "debug"):
         kwargs |= {"action": "store_true", "help": f.metadata["help"]}
     elif f.type is bool:
         kwargs |= {"type": _flag01, "metavar": "0|1"}
     else:
-        kwargs |= {"type": float if f.type == float | None else f.type}
+        kwargs |= {"type": {float | None: float, str | None: str}.get(f.type, f.type)}
     parser.add_argument(flag, **kwargs, **f.metadata["argparse"])
 
 

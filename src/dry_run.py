@@ -1,0 +1,273 @@
+"""The experiment on a GPU that is not there: what its peak will be, what the peak is made of, and whether it fits.
+
+The script's own `build_experiment` and step run on fake tensors (see src/fake_gpu.py), so a prediction follows every
+change of the experiment. Nothing is computed: there are no times, and no loss.
+"""
+
+import contextlib
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from src import records
+from src.config import RunConfig
+from src.experiment import Experiment
+from src.fake_gpu import H100, Allocation, Card, FakeGpu
+from src.measure import PhasePeaks, measure_phases
+from src.model_utils import flops_per_step, implementations, patched
+from src.runtime import Runtime
+from src.snapshot import save_simulated
+from src.utils import GIB, aligned_table, format_bytes, print_rank0
+
+Build = Callable[[RunConfig, Runtime], Experiment]
+
+# What a peak is made of, in the order it is shown.
+CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer_state",
+    "optimizer_temporaries",
+    "checkpoints",  # the layer inputs that gradient checkpointing keeps
+    "logits_and_loss",
+    "layer_temporaries",  # activations kept for the backward pass, and what layers need while they run
+    "other",  # library workspaces, the batch, rotary tables
+)
+
+
+class FakeRuntime:
+    """A `FakeGpu` behind the interface of a device; fake tensors live between `tracking()`'s enter and exit."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+
+    def tracking(self):
+        """Enter before building the model."""
+        return self.gpu.active()
+
+    def synchronize(self) -> None:
+        """Nothing runs."""
+
+    def release_cache(self) -> None:
+        """As on a GPU between warm-up and timed steps."""
+        gc.collect()
+        self.gpu.allocator.release_cached()
+
+    def reset_peak(self) -> None:
+        """Let both peaks start again from now."""
+        self.gpu.allocator.reset_peak()
+
+    def peak_bytes(self) -> tuple[int, int | None]:
+        """Peak allocated and peak reserved since the last reset."""
+        return self.gpu.allocator.peak_allocated_bytes, self.gpu.allocator.peak_reserved_bytes
+
+    def device_used_bytes(self) -> int | None:
+        """No driver, no view of it."""
+        return None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one simulated step showed, after one that creates the optimizer's state. Sizes in bytes."""
+
+    load_peak_bytes: int
+    phases: PhasePeaks
+    peak_reserved_bytes: int
+    breakdown: dict[str, int]  # category -> bytes at the peak; sums to peak_bytes
+    model_flops: int
+    implementations: dict[str, str]
+    gpu: FakeGpu
+    first_event: int  # where the events of the step begin
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak allocated."""
+        return max(self.phases.peak_bytes.values())
+
+
+def predict(
+    config: RunConfig,
+    build: Build,
+    *,
+    card: Card = H100,
+    limit_bytes: int | None = None,
+    record_frames: bool = False,
+) -> Prediction:
+    """Simulate `config` on `card`; `limit_bytes` bounds what the allocator may reserve.
+
+    `record_frames` keeps the Python stack of every request of the step, for a snapshot.
+
+    Raises `SimulatedOutOfMemory` if the experiment does not fit into `limit_bytes`.
+    """
+    gpu = FakeGpu(card, limit_bytes)
+    runtime = FakeRuntime(gpu)
+    # The weights' values do not matter, so they are never loaded, and no network is used.
+    config = dataclasses.replace(config, pretrained=False)
+    with patched(), _without_garbage_collector(), runtime.tracking():
+        experiment = build(config, runtime)
+        load_peak = runtime.peak_bytes()[0]
+        gpu.watch(experiment.model)
+
+        def enter(phase: str) -> None:
+            gpu.phase = phase
+
+        experiment.step(enter)
+        runtime.release_cache()
+        gpu.phase, gpu.record_frames = "between steps", record_frames
+        before, first_event = list(gpu.allocations.values()), len(gpu.events)
+        owners = _Owners(gpu, experiment, config.gradient_checkpointing)
+        reserved = 0
+
+        def step(mark: Callable[[str], None]) -> torch.Tensor:
+            def enter_and_mark(phase: str) -> None:
+                nonlocal reserved
+                reserved = max(reserved, runtime.peak_bytes()[1])
+                mark(phase)
+                gpu.phase = phase
+
+            return experiment.step(enter_and_mark)
+
+        phases = measure_phases(step, runtime, owners.note_gradients)
+        owners.note_state()
+        return Prediction(
+            load_peak_bytes=load_peak,
+            phases=phases,
+            peak_reserved_bytes=max(reserved, runtime.peak_bytes()[1]),
+            breakdown=owners.breakdown(before, gpu.events[first_event:]),
+            model_flops=flops_per_step(experiment.model, config),
+            implementations=implementations(experiment.model),
+            gpu=gpu,
+            first_event=first_event,
+        )
+
+
+@contextlib.contextmanager
+def _without_garbage_collector() -> Iterator[None]:
+    """Keep Python's collector from freeing tensors at moments that differ from run to run."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class _Owners:
+    """Whose memory is whose: finds the allocations of parameters, gradients, optimizer state and checkpoints."""
+
+    def __init__(self, gpu: FakeGpu, experiment: Experiment, gradient_checkpointing: bool) -> None:
+        self._gpu = gpu
+        self._experiment = experiment
+        self._category: dict[Allocation, str] = {}
+        self._note("parameters", experiment.model.parameters())
+        if gradient_checkpointing:
+            for layer in experiment.model.model.layers:
+                layer.register_forward_pre_hook(self._note_checkpoint, with_kwargs=True)
+
+    def _note(self, category: str, tensors: Any) -> None:
+        for tensor in tensors:
+            block = self._gpu.block_of(tensor)
+            if block is not None:
+                self._category[self._gpu.allocations[block]] = category
+
+    def _note_checkpoint(self, _layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if self._gpu.phase == "forward":
+            self._note("checkpoints", [args[0] if args else kwargs["hidden_states"]])
+
+    def note_gradients(self) -> None:
+        """Call when the backward pass is done."""
+        self._note("gradients", self._experiment.gradients())
+
+    def note_state(self) -> None:
+        """Call after a step."""
+        for state in self._experiment.optimizer.state.values():
+            self._note("optimizer_state", (t for t in state.values() if isinstance(t, torch.Tensor)))
+
+    def category(self, allocation: Allocation) -> str:
+        """The category of one allocation."""
+        if allocation in self._category:
+            return self._category[allocation]
+        if allocation.operation == "workspace":
+            return "other"
+        if allocation.phase == "optimizer":
+            return "optimizer_temporaries"
+        # A tied embedding's second gradient, before it is added to the LM head's, and its partial sums.
+        if "embedding_dense_backward" in allocation.operation:
+            return "gradients"
+        if allocation.in_loss:
+            return "logits_and_loss"
+        return "layer_temporaries" if allocation.phase in ("forward", "backward") else "other"
+
+    def breakdown(self, before: list[Allocation], events: list[tuple[str, Allocation]]) -> dict[str, int]:
+        """Bytes of each category when the live bytes first reach their maximum."""
+        totals = dict.fromkeys(CATEGORIES, 0)
+        for allocation in before:
+            totals[self.category(allocation)] += allocation.size
+        current = sum(totals.values())
+        peak, at_peak = current, dict(totals)
+        for action, allocation in events:
+            change = allocation.size if action == "alloc" else -allocation.size
+            totals[self.category(allocation)] += change
+            current += change
+            if current > peak:
+                peak, at_peak = current, dict(totals)
+        return at_peak
+
+
+def limit_bytes(config: RunConfig, card: Card = H100) -> int | None:
+    """What the allocator may reserve under --gpu_memory_gib and --memory_limit_gib, None if neither is given."""
+    limits = []
+    if config.gpu_memory_gib is not None:
+        limits.append(int(config.gpu_memory_gib * GIB) - card.context_bytes)
+    if config.memory_limit_gib is not None:
+        limits.append(int(config.memory_limit_gib * GIB))
+    return min(limits, default=None)
+
+
+def fill_record(record: dict[str, Any], prediction: Prediction) -> None:
+    """Put a prediction into a record; what was not simulated stays None."""
+    phase = prediction.phases.phase
+    record |= {
+        "implementations": prediction.implementations,
+        "model_flops_per_step": prediction.model_flops,
+        "load_peak_bytes": prediction.load_peak_bytes,
+        "peak_memory_bytes": prediction.peak_bytes,
+        "peak_reserved_bytes": prediction.peak_reserved_bytes,
+        "phase_peak_bytes": prediction.phases.peak_bytes,
+        "peak_phase": "load" if prediction.load_peak_bytes > prediction.peak_bytes else phase,
+        "peak_breakdown": prediction.breakdown,
+    }
+
+
+def main(config: RunConfig, build: Build) -> int:
+    """Predict the experiment, record and print it; returns the exit status, 3 if it does not fit the card asked for."""
+    record = records.new_record("all_gpu", "predicted", config, torch.device("cpu"))
+    with records.recording(record, config):
+        prediction = predict(config, build, record_frames=bool(config.snapshot_dir))
+        fill_record(record, prediction)
+        if config.snapshot_dir:
+            save_simulated(prediction.gpu, prediction.first_event, config.snapshot_file)
+        limit = limit_bytes(config)
+        if limit is not None:
+            predict(config, build, limit_bytes=limit)
+    print_rank0(records.report(record, config))
+    return records.exit_status(record)
+
+
+def forecast(config: RunConfig, build: Build, strategies: dict[str, Any]) -> str:
+    """A table of what `config` would need under each strategy, side by side."""
+    predictions = {
+        name: predict(dataclasses.replace(config, strategy=strategy), build) for name, strategy in strategies.items()
+    }
+    rows = [("", *predictions)]
+    for category in CATEGORIES:
+        rows.append((category.replace("_", " "), *(format_bytes(p.breakdown[category]) for p in predictions.values())))
+    rows.append(("peak memory", *(format_bytes(p.peak_bytes) for p in predictions.values())))
+    rows.append(("in the phase", *(p.phases.phase for p in predictions.values())))
+    return aligned_table(rows)

@@ -10,9 +10,10 @@ from src.measure import Step
 
 @dataclass(frozen=True)
 class Experiment:
-    """A model, the loss scaler its gradients went through, and the step that trains it."""
+    """A model, its optimizer, the loss scaler its gradients went through, and the step that trains it."""
 
     model: LlamaForCausalLM
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: Step
 
@@ -21,5 +22,6 @@ class Experiment:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def grad_norm(self) -> float:
-        """L2 norm of all gradients, without the loss scale."""
-        return torch.nn.utils.get_total_norm(self.gradients()).item() / self.scaler.get_scale()
+        """L2 norm of all gradients, taken in fp32 and without the loss scale."""
+        norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self.gradients()]
+        return torch.linalg.vector_norm(torch.stack(norms)).item() / self.scaler.get_scale()

@@ -30,12 +30,13 @@ class Card:
 
     name: str
     memory_bytes: int
+    context_bytes: int  # what the CUDA context and loaded libraries take before the allocator gets any
     capability: tuple[int, int]
     multiprocessors: int
 
 
-# As PyTorch reports it; the study's measurements were made on it.
-H100 = Card("NVIDIA H100 80GB HBM3", 85017493504, (9, 0), 132)
+# As PyTorch reports it. The context is the driver's view less what PyTorch reserved, in the records under doc/data/.
+H100 = Card("NVIDIA H100 80GB HBM3", 85017493504, 767 * 2**20, (9, 0), 132)
 
 
 def _matmul_workspace_bytes(card: Card) -> int:
@@ -71,9 +72,15 @@ def _flash_attention_backward_bytes(grad: torch.Tensor, query: torch.Tensor, key
     return [4 * rows, 4 * rows * (-(-width // 32) * 32), *grouped]
 
 
+def _softmax_backward_bytes(grad: torch.Tensor, *_: Any) -> list[int]:
+    """The product of gradient and output (aten/src/ATen/native/cuda/SoftMax.cu)."""
+    return [grad.numel() * grad.element_size()]
+
+
 # Memory that a CUDA kernel takes and gives back while it runs, besides its outputs: bytes of each request.
 _TEMPORARIES: dict[Callable, Callable[..., list[int]]] = {
     aten.embedding_dense_backward.default: _embedding_backward_bytes,
+    aten._softmax_backward_data.default: _softmax_backward_bytes,
     aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_attention_backward_bytes,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_attention_backward_bytes,
 }
@@ -88,11 +95,10 @@ class Allocation:
     size: int
     address: int
     phase: str
-    module: str  # dotted path of the innermost module that is running, "" outside the model
+    module: str  # path of the innermost module that is running, the model's class for the model itself, "" outside it
     operation: str
     frames: tuple[tuple[str, int, str], ...]  # (file, line, function), innermost first
-    in_backward_of_loss: bool = False
-    freed: bool = False
+    in_loss: bool  # in the LM head or the loss, forward or backward
 
 
 class FakeGpu(LiveMemory):
@@ -109,6 +115,7 @@ class FakeGpu(LiveMemory):
         self.allocations: dict[Block, Allocation] = {}  # of the live blocks
         self.record_frames = False
         self._modules: list[str] = []  # dotted paths of the modules that are running
+        self._loss_modules: set[str] = set()
         self._loss_nodes = range(0)  # sequence numbers of the autograd nodes of LM head and loss
         self._inside_operation = False
         self._workspaces: set[bool] = set()  # cuBLAS keeps one for the main thread and one for autograd's
@@ -119,7 +126,8 @@ class FakeGpu(LiveMemory):
         with contextlib.ExitStack() as stack:
             for patch in self._patches():
                 stack.enter_context(patch)
-            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            # An operation without a shape rule must fail rather than allocate real gigabytes.
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False))
             stack.enter_context(self)
             yield
 
@@ -130,8 +138,10 @@ class FakeGpu(LiveMemory):
             self._modules.pop()
 
         for path, module in model.named_modules():
-            module.register_forward_pre_hook(lambda _module, _args, path=path: self._modules.append(path))
+            name = path or type(module).__name__
+            module.register_forward_pre_hook(lambda _module, _args, name=name: self._modules.append(name))
             module.register_forward_hook(leave, always_call=True)  # a recomputation may end early
+        self._loss_modules = {type(model).__name__, "lm_head"}
         # Nodes made between the end of the decoder and the end of the model belong to the LM head and the loss.
         start = None
 
@@ -152,6 +162,8 @@ class FakeGpu(LiveMemory):
             return _any_value(args[0].dtype)
         if func is aten.equal.default:
             return True
+        if func is aten._fused_sgd_.default:
+            return None  # works in place; PyTorch has no shape rule for it
         kwargs = dict(kwargs or {})
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
             kwargs["device"] = _CPU
@@ -165,15 +177,17 @@ class FakeGpu(LiveMemory):
 
     def allocate(self, count: int, func: Callable | None) -> Block:
         block = super().allocate(count, func)
-        node = torch._C._current_autograd_node() if self.phase == "backward" else None
+        module = self._modules[-1] if self._modules else ""
+        in_backward = self.phase == "backward" and not module  # a module runs in it when a layer is recomputed
+        node = torch._C._current_autograd_node() if in_backward else None
         allocation = Allocation(
             size=block.size,
             address=block.address,
             phase=self.phase,
-            module=self._modules[-1] if self._modules else "",
+            module=module,
             operation=str(func) if func is not None else "workspace",
             frames=_frames() if self.record_frames else (),
-            in_backward_of_loss=node is not None and node._sequence_nr() in self._loss_nodes,
+            in_loss=module in self._loss_modules if node is None else node._sequence_nr() in self._loss_nodes,
         )
         self.allocations[block] = allocation
         self.events.append(("alloc", allocation))

@@ -7,21 +7,18 @@ kernels' and is not reported.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaForCausalLM
-from transformers.models.llama import modeling_llama
 
-from src import interpreter, records
+from src import dry_run, interpreter, records
 from src.cli import FAILED
 from src.config import RunConfig, Strategy, UsageError
 from src.experiment import Experiment
 from src.measure import Measurement, PhasePeaks, measure, measure_phases
-from src.model_utils import SHAPES, implementations
+from src.model_utils import SHAPES, implementations, patched
 from src.profiler import write_tensorboard
 from src.runtime import CpuRuntime, Runtime
 from src.utils import aligned_table, format_bytes
@@ -31,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "model_name": "tiny-llama",
     "batch_size": 2,
     "seq_length": 96,
-    "iterations": 3,
+    "iterations": 2,
     "warmup": 0,
     "dtype": "fp32",
     "learning_rate": 1e-3,
@@ -53,21 +50,6 @@ class Variant:
     phases: PhasePeaks
     gradient: np.ndarray  # every parameter's gradient in the first step, flat, float64
     implementations: dict[str, str]
-
-
-@contextmanager
-def patched() -> Iterator[None]:
-    """Undo, on exit, what Liger replaced in Hugging Face's Llama.
-
-    Liger replaces names of the module and the forward of LlamaForCausalLM; a model built inside must not be used
-    outside.
-    """
-    names, forward = dict(vars(modeling_llama)), LlamaForCausalLM.forward
-    try:
-        yield
-    finally:
-        vars(modeling_llama).update(names)
-        LlamaForCausalLM.forward = forward
 
 
 def train(config: RunConfig, build: Build) -> Variant:
@@ -129,8 +111,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return aligned_table(lines)
 
 
-def main(config: RunConfig, build: Build) -> int:
-    """Check every kernel of `config.strategy`, alone and together; returns the exit status, 1 if one disagrees."""
+def main(config: RunConfig, build: Build, full_size: RunConfig) -> int:
+    """Check every kernel of `config.strategy`, alone and together, and forecast the memory of `full_size` on a GPU.
+
+    Returns the exit status, 1 if a kernel disagrees.
+    """
     if config.dtype != "fp32" or config.memory_limit_gib is not None:
         raise UsageError("on a CPU the kernels are checked in fp32 and without --memory_limit_gib")
     if config.model_name in FULL_SIZE:
@@ -152,8 +137,11 @@ def main(config: RunConfig, build: Build) -> int:
     print(f"\n{config.model_name}, {steps}; differences are relative, a rounding is 1e-07\n")
     print(table(rows), records.files_written(config), sep="\n\n")
     print(
-        "\nA GPU would add: peak memory, latency and throughput of the full-size model, a memory snapshot and a trace."
+        f"\nForecast for a GPU (src/dry_run.py): {full_size.model_name}, "
+        f"{full_size.batch_size} x {full_size.seq_length} tokens, {full_size.dtype}\n"
     )
+    print(dry_run.forecast(full_size, build, {"Hugging Face": Strategy.only(), "Liger": config.strategy}))
+    print("\nRunning this on a GPU would add measured peaks, latency, throughput, a snapshot and a trace.")
     return 0 if all(row["agrees"] for row in rows) else FAILED
 
 

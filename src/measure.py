@@ -74,7 +74,7 @@ class PhasePeaks:
     """What one extra, untimed step showed."""
 
     peak_bytes: dict[str, int]  # phase -> peak allocated while in it
-    grad_norm: float
+    grad_norm: float | None
 
     @property
     def phase(self) -> str:
@@ -82,11 +82,11 @@ class PhasePeaks:
         return max(self.peak_bytes, key=self.peak_bytes.__getitem__)
 
 
-def measure_phases(step: Step, runtime: Runtime, grad_norm: Callable[[], float]) -> PhasePeaks:
+def measure_phases(step: Step, runtime: Runtime, grad_norm: Callable[[], float | None]) -> PhasePeaks:
     """Run one step; read the peak of each phase and, when the gradients are complete, their norm."""
     peaks: dict[str, int] = {}
     phases: list[str] = []
-    norms: list[float] = []
+    norms: list[float | None] = []
 
     def close_phase() -> None:
         if phases:

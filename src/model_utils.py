@@ -2,12 +2,14 @@
 
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
@@ -112,7 +114,7 @@ def _from_hub(load: Callable[..., Any], model_name: str, **kwargs: Any) -> Any:
     """`load(model_name)` with the many ways in which it fails told in one line."""
     try:
         return load(model_name, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(
             f"cannot load {model_name!r}: {reason} (gated model? accept its licence on huggingface.co and run "
@@ -153,9 +155,9 @@ def _hide_notices() -> None:
 def apply_strategy(strategy: Strategy) -> None:
     """Put the strategy's Liger kernels into Hugging Face's Llama, for models built after this call.
 
-    Liger replaces module globals for the whole process, so call it once per process (`patched` in
-    `src/kernel_check.py` is the exception). With no kernel on, Liger is not even imported. Liger's stand-alone
-    cross-entropy stays off: with `flce=False` the loss is Hugging Face's.
+    Liger replaces module globals for the whole process, so call it once per process, or inside `patched()`. With no
+    kernel on, Liger is not even imported. Liger's stand-alone cross-entropy stays off: with `flce=False` the loss is
+    Hugging Face's.
     """
     if not strategy.kernels:
         return
@@ -164,6 +166,21 @@ def apply_strategy(strategy: Strategy) -> None:
     _hide_notices()
     switches = {kernel.liger_switch: getattr(strategy, name) for name, kernel in KERNELS.items()}
     apply_liger_kernel_to_llama(**switches, cross_entropy=False)
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """Undo, on exit, what Liger replaced in Hugging Face's Llama.
+
+    Liger replaces names of the module and the forward of LlamaForCausalLM; a model built inside must not be used
+    outside.
+    """
+    names, forward = dict(vars(modeling_llama)), LlamaForCausalLM.forward
+    try:
+        yield
+    finally:
+        vars(modeling_llama).update(names)
+        LlamaForCausalLM.forward = forward
 
 
 def implementations(model: LlamaForCausalLM) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from src import runtime
+from src.allocator import SimulatedOutOfMemory
 from src.cli import OUT_OF_MEMORY
 from src.config import RunConfig, UsageError
 from src.measure import Measurement, PhasePeaks
@@ -47,7 +48,8 @@ EMPTY: dict[str, Any] = {
     "peak_breakdown": None,
     "peak_phase": None,
     "phase_peak_bytes": None,
-    "kernel_check": None,
+    "kernel_check": None,  # of an interpreted run: one entry per strategy
+    "frontier": None,  # of --find_max: what was searched, the limit, and the largest size that fits
     "environment": None,
     "error": None,
 }
@@ -118,6 +120,8 @@ def recording(record: dict[str, Any], config: RunConfig) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         record |= {"status": "oom", "error": _error(error) | watch.facts}
+    except SimulatedOutOfMemory as error:
+        record |= {"status": "oom", "error": _error(error) | error.facts}
     except Exception as error:
         record |= {"status": "error", "error": _error(error)}
         raise
@@ -197,9 +201,9 @@ def exit_status(record: dict[str, Any]) -> int:
 def report(record: dict[str, Any], config: RunConfig) -> str:
     """What a run prints at its end: what ran, its figures, and where the files are."""
     kernels = ", ".join(config.strategy.kernels) or "none"
-    where = record["environment"]["gpu"] or "CPU"
+    where = "predicted, no GPU used" if record["mode"] == "predicted" else f"on {record['environment']['gpu']}"
     lines = [
-        f"{config.model_name}, batch {config.batch_size} x {config.seq_length} tokens, {config.dtype}, on {where}",
+        f"{config.model_name}, batch {config.batch_size} x {config.seq_length} tokens, {config.dtype}, {where}",
         f"Liger kernels: {kernels}; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
         "",
         summary(record),
@@ -216,31 +220,52 @@ def files_written(config: RunConfig) -> str:
 
 
 def summary(record: dict[str, Any]) -> str:
-    """The record's figures as an aligned table."""
-    if record["status"] == "error":
-        return f"Failed: {record['error']['message']}"
+    """The record's figures as aligned text."""
+    parts = []
+    if record["peak_memory_bytes"] is not None:
+        parts.append(_figures(record))
+    if record["peak_breakdown"] is not None:
+        parts.append("At the peak:\n" + breakdown_table(record["peak_breakdown"]))
     if record["status"] == "oom":
-        return _oom_summary(record["error"])
+        parts.append(_oom_summary(record["error"]))
+    if record["status"] == "error":
+        parts.append(f"Failed: {record['error']['message']}")
+    return "\n\n".join(parts)
+
+
+def _figures(record: dict[str, Any]) -> str:
     rows = [
         ("Peak memory allocated", format_bytes(record["peak_memory_bytes"]), f"in the {record['peak_phase']} phase")
     ]
-    if record["mode"] == "measured":
+    if record["peak_reserved_bytes"] is not None:
+        rows.append(("Peak memory reserved", format_bytes(record["peak_reserved_bytes"]), "by PyTorch's allocator"))
+    if record["latency_s"] is not None:
         rows += _speed_rows(record)
-    rows += [
-        ("Host memory peak", format_bytes(record["host_peak_bytes"]), ""),
-        ("Loss", f"{record['loss']:.4f}", "last timed step"),
-    ]
-    if record["grad_norm"] is not None:
-        rows.append(("Gradient norm", f"{record['grad_norm']:.4f}", "one more step"))
+    if record["host_peak_bytes"] is not None:
+        rows.append(("Host memory peak", format_bytes(record["host_peak_bytes"]), ""))
+    if record["losses"] is not None:
+        rows.append(("Loss", _number(record["loss"]), "last timed step"))
+        rows.append(("Gradient norm", _number(record["grad_norm"]), "one more step"))
     width = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
     return "\n".join(f"{name:<{width[0]}}  {value:>{width[1]}}  {note}".rstrip() for name, value, note in rows)
+
+
+def _number(value: float | None) -> str:
+    """NaN and infinity are null in a file, and mean the same."""
+    return f"{value:.4f}" if value is not None and math.isfinite(value) else "not finite"
+
+
+def breakdown_table(breakdown: dict[str, int]) -> str:
+    """Categories of a peak with their bytes and shares; empty ones are left out."""
+    peak = sum(breakdown.values())
+    rows = [(name.replace("_", " "), format_bytes(count), f"{count / peak:.1%}") for name, count in breakdown.items()]
+    return aligned_table([row for row, count in zip(rows, breakdown.values()) if count])
 
 
 def _speed_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     steps, iqr, peak = len(record["step_seconds"]), record["latency_iqr_s"], record["mfu_peak_flops"]
     spread = "" if iqr is None else f", IQR {iqr * 1e3:.2f} ms"
     rows = [
-        ("Peak memory reserved", format_bytes(record["peak_reserved_bytes"]), "by PyTorch's allocator"),
         ("Memory used on the card", format_bytes(record["device_used_bytes"]), "driver's view, all programs"),
         ("Latency", f"{record['latency_s'] * 1e3:,.2f} ms", f"median of {steps} steps{spread}"),
         ("Throughput", f"{record['throughput_tokens_per_s']:,.0f} tokens/s", ""),

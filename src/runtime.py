@@ -84,7 +84,7 @@ class CpuRuntime:
         self._memory = LiveMemory()
 
     def tracking(self) -> contextlib.AbstractContextManager:
-        """Enter before building the model: tensors made outside are not counted."""
+        """Enter before building the model: tensors made outside are counted only once an operation returns them."""
         return self._memory
 
     def synchronize(self) -> None:
@@ -117,13 +117,17 @@ def host_peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-# Dense peak of the units a training step runs on, FLOP/s: NVIDIA's data sheets and architecture white papers.
-# fp32 without TF32, as PyTorch multiplies by default. A card that is not listed gets no MFU.
+_A100 = {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}
+# Dense peak of the units a training step runs on, FLOP/s, by the name PyTorch gives: NVIDIA's data sheets and
+# architecture white papers. fp32 without TF32, as PyTorch multiplies by default. A card that is not listed has no MFU.
 _PEAK_FLOPS = {
     "NVIDIA H100 80GB HBM3": {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 66.9e12},
     "NVIDIA H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "fp32": 51.2e12},
     "NVIDIA H200": {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 66.9e12},
-    "NVIDIA A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
+    "NVIDIA A100-SXM4-40GB": _A100,
+    "NVIDIA A100-SXM4-80GB": _A100,
+    "NVIDIA A100-PCIE-40GB": _A100,
+    "NVIDIA A100 80GB PCIe": _A100,
     "NVIDIA GeForce RTX 4090": {"bf16": 165.2e12, "fp16": 165.2e12, "fp32": 82.6e12},
     "NVIDIA GeForce RTX 3090": {"bf16": 71e12, "fp16": 71e12, "fp32": 35.6e12},
 }
@@ -131,8 +135,7 @@ _PEAK_FLOPS = {
 
 def peak_flops(gpu: str | None, dtype: str) -> float | None:
     """The data sheet's dense FLOP/s of this GPU (its name as PyTorch gives it) for `dtype`, or None if unlisted."""
-    matches = [name for name in _PEAK_FLOPS if gpu is not None and gpu.startswith(name)]
-    return _PEAK_FLOPS[max(matches, key=len)][dtype] if matches else None
+    return _PEAK_FLOPS[gpu][dtype] if gpu in _PEAK_FLOPS else None
 
 
 def _run(*command: str) -> str | None:

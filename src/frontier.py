@@ -1,0 +1,118 @@
+"""The largest batch or sequence that fits: predicted anywhere, and measured too where there is a GPU."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from src import records
+from src.allocator import SimulatedOutOfMemory
+from src.config import RunConfig, UsageError
+from src.dry_run import Build, Prediction, limit_bytes, predict
+from src.fake_gpu import H100
+from src.model_utils import load_model_config
+from src.utils import format_bytes, print_rank0
+
+# Sizes are searched in these steps.
+GRANULARITY = {"batch_size": 1, "seq_length": 128}
+LARGEST_BATCH = 2**20
+
+
+def search(fits: Callable[[int], bool], granularity: int, largest: int) -> int:
+    """The largest multiple of `granularity` up to `largest` for which `fits` holds, 0 if none.
+
+    `fits` must hold up to some size and fail beyond it. Doubles the size until it fails, then bisects.
+    """
+    low, high = 0, 1  # in units of the granularity: `low` fits, `high` is not known to
+    limit = largest // granularity
+    while high <= limit and fits(high * granularity):
+        low, high = high, 2 * high
+    high = min(high, limit + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(middle * granularity):
+            low = middle
+        else:
+            high = middle
+    return low * granularity
+
+
+def largest_size(config: RunConfig) -> int:
+    """The bound of the search: what the model's positions allow for sequences."""
+    if config.find_max == "batch_size":
+        return LARGEST_BATCH
+    return load_model_config(dataclasses.replace(config, pretrained=False)).max_position_embeddings
+
+
+def predicted_frontier(config: RunConfig, build: Build, limit: int) -> tuple[int, Prediction | None]:
+    """The largest size predicted to fit into `limit` bytes of reserved memory, and its prediction."""
+    predictions: dict[int, Prediction] = {}
+
+    def fits(size: int) -> bool:
+        try:
+            predictions[size] = predict(_sized(config, size), build, limit_bytes=limit)
+        except SimulatedOutOfMemory:
+            return False
+        return True
+
+    size = search(fits, GRANULARITY[config.find_max], largest_size(config))
+    return size, predictions.get(size)
+
+
+def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], expected: int) -> int:
+    """The largest size that runs on this GPU, found by running sizes around `expected`; each run leaves its record."""
+    granularity = GRANULARITY[config.find_max]
+    quiet = dataclasses.replace(config, snapshot_dir="", log_dir="")
+
+    def runs(size: int) -> bool:
+        if size == 0:
+            return True
+        return measure(dataclasses.replace(_sized(quiet, size), find_max=None)) == 0
+
+    size = max(expected, granularity)
+    if runs(size):
+        while size + granularity <= largest_size(config) and runs(size + granularity):
+            size += granularity
+        return size
+    while not runs(size):
+        size -= granularity
+    return size
+
+
+def main(config: RunConfig, build: Build, measure: Callable[[RunConfig], int]) -> int:
+    """Search, print and record the frontier; returns the exit status."""
+    on_gpu = torch.cuda.is_available() and not config.dry_run
+    limit = limit_bytes(config)
+    if limit is None:
+        total = torch.cuda.get_device_properties(0).total_memory if on_gpu else H100.memory_bytes
+        limit = total - H100.context_bytes
+    if limit <= 0:
+        raise UsageError("a card this small has no room beside its CUDA context (--gpu_memory_gib)")
+    record = records.new_record("all_gpu", "predicted", config, torch.device("cpu"))
+    with records.recording(record, config):
+        size, prediction = predicted_frontier(config, build, limit)
+        frontier: dict[str, Any] = {"searched": config.find_max, "limit_bytes": limit, "predicted": size}
+        record["frontier"] = frontier
+        if prediction is None:
+            predict(_sized(config, GRANULARITY[config.find_max]), build, limit_bytes=limit)  # says why it does not fit
+        record |= {"peak_memory_bytes": prediction.peak_bytes, "peak_breakdown": prediction.breakdown}
+        record |= {"peak_phase": prediction.phases.phase, "peak_reserved_bytes": prediction.peak_reserved_bytes}
+        print_rank0(_summary(config, prediction, size, limit))
+        if on_gpu:
+            frontier["measured"] = measured_frontier(config, measure, size)
+            print_rank0(f"Measured on this GPU: the largest {config.find_max} that runs is {frontier['measured']}")
+    return records.exit_status(record)
+
+
+def _sized(config: RunConfig, size: int) -> RunConfig:
+    return dataclasses.replace(config, **{config.find_max: size})
+
+
+def _summary(config: RunConfig, prediction: Prediction, size: int, limit: int) -> str:
+    largest = max(prediction.breakdown, key=prediction.breakdown.__getitem__)
+    return (
+        f"Predicted: the largest {config.find_max} that fits {format_bytes(limit)} is {size}\n"
+        f"its peak, {format_bytes(prediction.peak_bytes)}, is in the {prediction.phases.phase} phase; "
+        f"the largest part is {largest.replace('_', ' ')}, {format_bytes(prediction.breakdown[largest])}"
+    )

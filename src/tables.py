@@ -1,0 +1,181 @@
+"""Tables made from records, in Markdown.
+
+python -m src.tables measured doc/data       # peak and throughput of every measured single-GPU run
+python -m src.tables predicted doc/data      # every measured run beside its dry run and other estimators' figures
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import all_gpu_liger_kernel as single_gpu
+from src import records
+from src.allocator import SimulatedOutOfMemory
+from src.config import DTYPES, STRATEGIES, RunConfig, UsageError
+from src.dry_run import predict
+from src.fake_gpu import H100
+from src.model_utils import SHAPES, TORCH_DTYPES
+from src.utils import GIB, error_line
+
+
+def load_all(folder: Path) -> list[dict[str, Any]]:
+    """Every measured single-GPU record below `folder`, ordered by model, dtype, checkpointing, tokens and kernels."""
+    loaded = [records.load(path) for path in sorted(folder.rglob("*.json"))]
+    runs = [r for r in loaded if r["mode"] == "measured" and r["script"] == "all_gpu"]
+    if not runs:
+        raise UsageError(f"no measured single-GPU records below {folder}")
+    return sorted(runs, key=_order)
+
+
+def _order(record: dict[str, Any]) -> tuple:
+    config = record["config"]
+    models = list(SHAPES)
+    model = config["model_name"].removesuffix("-Instruct")
+    return (
+        models.index(model) if model in models else len(models),
+        DTYPES.index(config["dtype"]),
+        config["optimizer"] != RunConfig.optimizer,
+        config["optimizer"],
+        config["memory_limit_gib"] is not None,
+        not config["gradient_checkpointing"],
+        config["seq_length"],
+        config["batch_size"],
+        len(RunConfig.from_dict(config).strategy.kernels),
+        record["run_name"],
+    )
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns after the first are right-aligned."""
+    lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def strategy_name(config: RunConfig) -> str:
+    """The study's name of a strategy, or the kernels that are on."""
+    names = [name for name, strategy in STRATEGIES.items() if strategy == config.strategy]
+    return names[0] if names else " + ".join(config.strategy.kernels) + " only"
+
+
+def _cell(config: RunConfig) -> list[str]:
+    """What tells a run apart from the others in a table."""
+    model = config.model_name.removeprefix("meta-llama/").removesuffix("-Instruct")
+    settings = [config.dtype, *([] if config.optimizer == "adamw_fused" else [config.optimizer])]
+    settings += [] if config.memory_limit_gib is None else [f"limit {config.memory_limit_gib:g} GiB"]
+    checkpointing = "yes" if config.gradient_checkpointing else "no"
+    sizes = f"{config.batch_size} x {config.seq_length}"
+    return [strategy_name(config), model, ", ".join(settings), checkpointing, sizes]
+
+
+def machines(runs: list[dict[str, Any]]) -> str:
+    """A line for each machine and set of versions that the runs were measured with."""
+    names = ("gpu", "driver", "cuda", "torch", "triton", "transformers", "liger_kernel", "python")
+    found = {tuple(f"{name} {run['environment'][name]}" for name in names) for run in runs}
+    return "\n".join("Measured on: " + ", ".join(values) + "." for values in sorted(found))
+
+
+CELL_HEADER = ["kernels", "model", "settings", "checkpointing", "batch x seq"]
+
+
+def measured_table(runs: list[dict[str, Any]]) -> str:
+    """Peak, latency, throughput and MFU of each run."""
+    rows = []
+    for record in runs:
+        cell = _cell(RunConfig.from_dict(record["config"]))
+        if record["status"] == "oom":
+            rows.append([*cell, "OOM", "", "", ""])
+        else:
+            latency, iqr = record["latency_s"] * 1e3, record["latency_iqr_s"] * 1e3
+            speed = [f"{latency:,.1f} ± {iqr / 2:,.1f}", f"{record['throughput_tokens_per_s']:,.0f}"]
+            mfu = "" if record["mfu"] is None else f"{record['mfu']:.1%}"
+            rows.append([*cell, f"{record['peak_memory_bytes'] / GIB:,.2f}", *speed, mfu])
+    header = [*CELL_HEADER, "peak GiB", "ms a step (median ± IQR/2)", "tokens/s", "MFU"]
+    return markdown(header, rows)
+
+
+def predicted_table(runs: list[dict[str, Any]]) -> str:
+    """Measured and predicted peak, the error, and what two other estimators say."""
+    rows, errors = [], []
+    for record in tqdm(runs, desc="dry runs", unit="run", leave=False, disable=None):
+        config = RunConfig.from_dict(record["config"])
+        others = [f"{count / GIB:,.2f}" for count in other_estimates(config)]
+        if record["status"] == "ok":
+            measured, predicted = record["peak_memory_bytes"], predict(config, single_gpu.build_experiment).peak_bytes
+            errors.append(predicted / measured - 1)
+            figures = [f"{measured / GIB:,.3f}", f"{predicted / GIB:,.3f}", f"{errors[-1]:+.3%}"]
+        else:
+            figures = ["OOM", "fits" if _fits(config, record) else "OOM", ""]
+        rows.append([*_cell(config), *figures, *others])
+    header = [*CELL_HEADER, "measured GiB", "predicted GiB", "error", "accelerate", "DeepSpeed"]
+    worst = max(abs(error) for error in errors)
+    return f"{markdown(header, rows)}\n\n{len(errors)} peaks; the largest error is {worst:.3%}."
+
+
+def _fits(config: RunConfig, record: dict[str, Any]) -> bool:
+    limit = record["environment"]["gpu_memory_bytes"] - H100.context_bytes
+    if config.memory_limit_gib is not None:
+        limit = min(limit, int(config.memory_limit_gib * GIB))
+    try:
+        predict(config, single_gpu.build_experiment, limit_bytes=limit)
+    except SimulatedOutOfMemory:
+        return False
+    return True
+
+
+def other_estimates(config: RunConfig) -> tuple[int, int]:
+    """Bytes by accelerate's and by DeepSpeed's estimator for one GPU; neither asks for batch, sequence or kernels.
+
+    accelerate: its rule for Adam with everything in the weights' dtype, four times the weights. DeepSpeed: model states
+    under ZeRO-2 with nothing offloaded, which assumes mixed precision.
+    """
+    from accelerate.commands.estimate import estimate_training_usage
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    weights = _weights(config.model_name)
+    count = weights * TORCH_DTYPES[config.dtype].itemsize
+    accelerate = estimate_training_usage(count, "float32")["step"]
+    _, deepspeed = estimate_zero2_model_states_mem_needs(weights, num_gpus_per_node=1, num_nodes=1, cpu_offload=False)
+    return accelerate, deepspeed
+
+
+def _weights(model_name: str) -> int:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from src.model_utils import load_model_config
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_model_config(RunConfig(model_name=model_name))).num_parameters()
+
+
+TABLES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
+    "measured": ("Measured peak memory and speed, one GPU", measured_table),
+    "predicted": ("Predicted and measured peak memory, one GPU", predicted_table),
+}
+
+
+def main() -> int:
+    """Print the table asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    try:
+        runs = load_all(arguments.folder)
+        title, table = TABLES[arguments.table]
+        command = f"python -m src.tables {arguments.table} {arguments.folder}"
+        print(f"# {title}\n\nMade by `{command}`.\n{machines(runs)}\n\n{table(runs)}")
+    except UsageError as error:
+        error_line(error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

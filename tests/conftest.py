@@ -1,0 +1,58 @@
+"""Every test runs on the CPU, with Liger's kernels in Triton's interpreter and no network; tests marked gpu start the
+scripts as programs of their own on the GPU.
+
+Shapes and values are drawn anew in every run. A failing test prints its seed: TEST_SEED=<seed> repeats it.
+"""
+
+import os
+import random
+
+os.environ |= {
+    "TRITON_INTERPRET": "1",  # read when Triton is imported
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # on tensors this small, threads only wait for each other
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # look for a GPU without initialising CUDA
+}
+
+import pytest
+import torch
+
+from src import interpreter
+
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+HAS_GPU = torch.cuda.is_available()
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests, whether the machine has a GPU or not
+interpreter.enable()
+
+from src.kernel_check import patched  # noqa: E402 - imports Triton
+
+SEED = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**31))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False"))
+
+
+@pytest.fixture
+def rng(request):
+    """A random generator of this test's own; torch's global one is seeded from it."""
+    print(f"TEST_SEED={SEED}")
+    rng = random.Random(f"{SEED} {request.node.name}")
+    torch.manual_seed(rng.randrange(2**31))
+    return rng
+
+
+@pytest.fixture(autouse=True)
+def unpatched():
+    """Undo what a test let Liger replace in Hugging Face's Llama."""
+    with patched():
+        yield
+
+
+@pytest.fixture
+def gpu_environment():
+    """Environment variables of a program that may use the GPU."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")}
+    return environment if VISIBLE_GPUS is None else environment | {"CUDA_VISIBLE_DEVICES": VISIBLE_GPUS}

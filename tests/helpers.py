@@ -1,0 +1,50 @@
+"""What several test files share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+from src.config import RunConfig, Strategy
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "all_gpu_liger_kernel.py"
+HUGGING_FACE = Strategy.only()
+STRATEGIES = [HUGGING_FACE, *(Strategy.only(name) for name in Strategy().kernels), Strategy()]
+
+
+def strategy_id(strategy):
+    """A strategy's name as a test id."""
+    return "+".join(strategy.kernels) or "none"
+
+
+def tiny_config(**fields):
+    """A `RunConfig` that builds and trains on a CPU in a moment; Hugging Face's code unless told otherwise."""
+    defaults = {"model_name": "tiny-llama", "batch_size": 1, "seq_length": 16, "dtype": "fp32", "device": "cpu"}
+    return RunConfig(**{"strategy": HUGGING_FACE, **defaults, **fields})
+
+
+def write_llama_folder(folder, **shape):
+    """A local folder with the config.json of a small Llama."""
+    small = {
+        "vocab_size": 199,
+        "hidden_size": 48,
+        "intermediate_size": 88,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+    LlamaConfig(**{**small, **shape}).save_pretrained(folder)
+    return str(folder)
+
+
+def run_python(*arguments, env=None, cwd=ROOT):
+    """Run Python as a program of its own; its stdout and stderr as text."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=env or os.environ, cwd=cwd, capture_output=True, text=True
+    )

@@ -1,0 +1,242 @@
+"""Records: whole or absent, strict JSON, and written whichever way a run ends."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from src import records
+from src.config import UsageError
+from src.measure import Measurement, PhasePeaks
+from src.utils import MIB, write_atomically
+from tests.helpers import tiny_config
+
+
+@pytest.fixture
+def config(tmp_path):
+    folders = {name: str(tmp_path / name) for name in ("result_dir", "snapshot_dir", "log_dir")}
+    return tiny_config(batch_size=2, seq_length=16, **folders)
+
+
+def new_record(config, **fields):
+    return records.new_record("all_gpu", "measured", config, torch.device("cpu")) | fields
+
+
+def measured_record(config, losses=(3.0, 2.5), seconds=(0.25, 0.75)):
+    record = new_record(config, status="ok", model_flops_per_step=10**12)
+    record["environment"]["gpu"] = "NVIDIA H100 80GB HBM3"
+    peaks = {"peak_allocated_bytes": [2 * MIB, 3 * MIB, MIB], "peak_reserved_bytes": [4 * MIB, 4 * MIB, 4 * MIB]}
+    records.add_measurement(record, Measurement(list(seconds), list(losses), **peaks, device_used_bytes=9 * MIB))
+    records.add_phases(record, PhasePeaks({"forward": 1, "backward": 3, "optimizer": 2}, 1.5))
+    return record
+
+
+def test_new_record_has_every_field_and_measured_nothing(config):
+    record = new_record(config)
+    known = {"schema", "run_name", "script", "mode", "config", "environment"}
+    assert list(record) == list(records.EMPTY)
+    assert {key for key, value in record.items() if value is not None} == known
+    assert record["config"] == config.to_dict()
+
+
+def test_record_survives_the_file(config):
+    record = measured_record(config)
+    records.save(record, config.record_file)
+    assert records.load(config.record_file) == record
+
+
+def test_figures_follow_from_the_steps(config):
+    record = measured_record(config, seconds=[0.5, 0.25, 1.0])
+    assert record["step_seconds"] == [0.5, 0.25, 1.0]
+    assert (record["latency_s"], record["latency_iqr_s"]) == (0.5, 0.375)
+    assert record["throughput_tokens_per_s"] == 2 * 16 / 0.5
+    assert record["mfu"] == pytest.approx(10**12 / 0.5 / 66.9e12)  # fp32
+    assert (record["peak_memory_bytes"], record["peak_reserved_bytes"]) == (3 * MIB, 4 * MIB)
+    assert record["device_used_bytes"] == 9 * MIB
+    assert (record["loss"], record["grad_norm"], record["peak_phase"]) == (2.5, 1.5, "backward")
+
+
+def test_unknown_gpu_gets_no_mfu(config):
+    record = new_record(config, model_flops_per_step=10**12)
+    record["environment"]["gpu"] = "NVIDIA Imaginary 1000"
+    records.add_measurement(record, Measurement([0.5], [1.0], [1], [1], 1))
+    assert record["mfu"] is record["mfu_peak_flops"] is None
+    assert record["throughput_tokens_per_s"] == 64
+
+
+@pytest.mark.parametrize("mode", ["interpreted", "predicted"])
+def test_times_that_are_not_a_gpus_are_left_out(config, mode):
+    record = new_record(config, mode=mode)
+    records.add_measurement(record, Measurement([0.5], [1.0], [1], [None], None))
+    for key in ("step_seconds", "latency_s", "latency_iqr_s", "throughput_tokens_per_s", "mfu", "mfu_peak_flops"):
+        assert record[key] is None, key
+
+
+def test_loading_can_be_the_peak_of_a_run(config):
+    record = measured_record(config) | {"load_peak_bytes": 3 * MIB + 1}
+    records.add_phases(record, PhasePeaks({"forward": 1, "backward": 3, "optimizer": 2}, 1.5))
+    assert record["peak_phase"] == "load"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+def test_nan_and_infinity_become_null_in_strict_json(config, value):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    records.save(measured_record(config, losses=[1.0, value]) | {"grad_norm": value}, config.record_file)
+    stored = json.loads(config.record_file.read_text(), parse_constant=refuse)
+    assert (stored["losses"], stored["loss"], stored["grad_norm"]) == ([1.0, None], None, None)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b'{"schema": 1', b"[]", b"null", b"{}", b'{"schema": 99}', b'{"benchmark": {}}', b"\x80\x04\x95"],
+    ids=str,
+)
+def test_file_that_is_no_record_is_a_usage_error(tmp_path, content):
+    path = tmp_path / "record.json"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"record\.json"):
+        records.load(path)
+
+
+@pytest.mark.parametrize("name", ["missing.json", "."])
+def test_record_that_cannot_be_opened_is_a_usage_error(tmp_path, name):
+    with pytest.raises(UsageError):
+        records.load(tmp_path / name)
+
+
+def test_every_shorter_part_of_a_record_is_refused(config):
+    records.save(measured_record(config), config.record_file)
+    text = config.record_file.read_text().rstrip()
+    for length in range(0, len(text), 97):
+        config.record_file.write_text(text[:length])
+        with pytest.raises(UsageError):
+            records.load(config.record_file)
+
+
+def test_record_of_an_older_version_loads_with_its_missing_fields_null(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text('{"schema": 1, "run_name": "old"}')
+    assert records.load(path) == records.EMPTY | {"run_name": "old"}
+
+
+def test_file_is_replaced_only_when_it_is_complete(tmp_path):
+    path = tmp_path / "file.json"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("ne")
+        assert path.read_text() == "old"
+        assert temporary.parent == path.parent  # or the move into place would not be atomic
+        temporary.write_text("new")
+
+    write_atomically(path, write)
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
+def test_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file.json"
+    path.write_text("old")
+
+    def write(temporary):
+        temporary.write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        write_atomically(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_file_has_the_permissions_of_any_new_file(tmp_path):
+    write_atomically(tmp_path / "atomic", lambda temporary: temporary.write_text(""))
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_block_that_ends_well_is_recorded_as_ok(config):
+    record = measured_record(config) | {"status": None}
+    with records.recording(record, config):
+        pass
+    assert records.load(config.record_file)["status"] == "ok"
+    assert records.exit_status(record) == 0
+
+
+def test_running_out_of_memory_is_recorded_and_ends_only_the_block(config):
+    record = new_record(config)
+    with records.recording(record, config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+    stored = records.load(config.record_file)
+    assert stored["status"] == "oom"
+    assert stored["error"]["type"] == "OutOfMemoryError"
+    assert stored["error"]["message"] == "CUDA out of memory. Tried to allocate 2 GiB."
+    assert records.exit_status(stored) == 3
+
+
+@pytest.mark.parametrize("error", [RuntimeError("first\nsecond"), ZeroDivisionError()], ids=repr)
+def test_another_exception_is_recorded_and_goes_on(config, error):
+    with pytest.raises(type(error)), records.recording(new_record(config), config):
+        raise error
+    stored = records.load(config.record_file)
+    assert stored["status"] == "error"
+    assert stored["error"]["type"] == type(error).__name__
+    assert stored["error"]["message"] in ("first", "ZeroDivisionError")
+
+
+@pytest.mark.parametrize("error", [UsageError("no"), KeyboardInterrupt()], ids=repr)
+def test_a_run_that_was_never_carried_out_is_not_recorded(config, error):
+    with pytest.raises(type(error)), records.recording(new_record(config), config):
+        raise error
+    assert not config.record_file.exists()
+
+
+@pytest.mark.parametrize("name", ["result_dir", "snapshot_dir", "log_dir"])
+def test_folder_that_cannot_be_written_is_a_usage_error_before_the_block(tmp_path, config, name):
+    (tmp_path / "file").touch()
+    config = dataclasses.replace(config, **{name: str(tmp_path / "file" / "below")})
+    with pytest.raises(UsageError, match=f"--{name}"), records.recording(new_record(config), config):
+        pytest.fail("the block ran")
+
+
+def test_summary_of_a_measured_run_has_its_three_figures(config):
+    summary = records.summary(measured_record(config, seconds=[0.5, 0.5]))
+    for figure in ("3.0 MiB", "500.00 ms", "64 tokens/s", "IQR 0.00 ms", "backward phase", "67 TFLOP/s"):
+        assert figure in summary
+    assert all(line == line.rstrip() for line in summary.splitlines())
+
+
+def test_summary_of_running_out_of_memory_says_what_was_asked_for_and_free(config):
+    error = {"type": "OutOfMemoryError", "message": "", "requested_bytes": 3 * MIB, "free_bytes": MIB}
+    summary = records.summary(new_record(config, status="oom", error=error | {"allocated_bytes": None}))
+    assert [line.split()[-2:] for line in summary.splitlines()[1:3]] == [["3.0", "MiB"], ["1.0", "MiB"]]
+    assert "n/a" in summary
+
+
+def test_summary_of_an_error_is_its_message(config):
+    record = new_record(config, status="error", error={"type": "RuntimeError", "message": "what went wrong"})
+    assert "what went wrong" in records.summary(record)
+
+
+def test_summary_can_be_made_of_a_loaded_record_whose_loss_was_nan(config):
+    records.save(measured_record(config, losses=[1.0, math.nan]), config.record_file)
+    assert "Loss" in records.summary(records.load(config.record_file))
+
+
+def test_text_beside_the_record_is_its_summary(config):
+    record = measured_record(config)
+    records.save(record, config.record_file)
+    text = config.record_file.parent / f"{config.run_name}.txt"
+    assert text.read_text() == records.summary(record) + "\n"
+
+
+def test_report_names_the_files_that_were_written(config):
+    record = measured_record(config)
+    records.save(record, config.record_file)
+    report = records.report(record, config)
+    assert str(config.record_file) in report
+    assert str(config.snapshot_file) not in report
