@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from src import records
-from src.config import RunConfig
+from src.config import RunConfig, UsageError
 from src.experiment import Experiment
 from src.fake_gpu import H100, Allocation, Card, FakeGpu
 from src.measure import PhasePeaks, measure_phases
@@ -75,6 +75,7 @@ class FakeRuntime:
 class Prediction:
     """What one simulated step showed, after one that creates the optimizer's state. Sizes in bytes."""
 
+    config: RunConfig
     load_peak_bytes: int
     phases: PhasePeaks
     peak_reserved_bytes: int
@@ -135,6 +136,7 @@ def predict(
         phases = measure_phases(step, runtime, owners.note_gradients)
         owners.note_state()
         return Prediction(
+            config=config,
             load_peak_bytes=load_peak,
             phases=phases,
             peak_reserved_bytes=max(reserved, runtime.peak_bytes()[1]),
@@ -225,6 +227,8 @@ def limit_bytes(config: RunConfig, card: Card = H100) -> int | None:
     limits = []
     if config.gpu_memory_gib is not None:
         limits.append(int(config.gpu_memory_gib * GIB) - card.context_bytes)
+        if limits[0] <= 0:
+            raise UsageError(f"--gpu_memory_gib {config.gpu_memory_gib:g} has no room beside the CUDA context")
     if config.memory_limit_gib is not None:
         limits.append(int(config.memory_limit_gib * GIB))
     return min(limits, default=None)
@@ -247,16 +251,20 @@ def fill_record(record: dict[str, Any], prediction: Prediction) -> None:
 
 def main(config: RunConfig, build: Build) -> int:
     """Predict the experiment, record and print it; returns the exit status, 3 if it does not fit the card asked for."""
+    limit = limit_bytes(config)
     record = records.new_record("all_gpu", "predicted", config, torch.device("cpu"))
+    record["simulated_gpu"] = H100.name
     with records.recording(record, config):
         prediction = predict(config, build, record_frames=bool(config.snapshot_dir))
         fill_record(record, prediction)
         if config.snapshot_dir:
             save_simulated(prediction.gpu, prediction.first_event, config.snapshot_file)
-        limit = limit_bytes(config)
         if limit is not None:
             predict(config, build, limit_bytes=limit)
     print_rank0(records.report(record, config))
+    if limit is not None:
+        answer = "fits" if record["status"] == "ok" else "does not fit"
+        print_rank0(f"\nIt {answer} {format_bytes(limit)} of allocator memory.")
     return records.exit_status(record)
 
 

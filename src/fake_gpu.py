@@ -39,6 +39,18 @@ class Card:
 H100 = Card("NVIDIA H100 80GB HBM3", 85017493504, 767 * 2**20, (9, 0), 132)
 
 
+def this_card() -> Card:
+    """The GPU of this machine; its CUDA context is taken to be as large as the H100's."""
+    properties = torch.cuda.get_device_properties(0)
+    return Card(
+        name=properties.name,
+        memory_bytes=properties.total_memory,
+        context_bytes=H100.context_bytes,
+        capability=(properties.major, properties.minor),
+        multiprocessors=properties.multi_processor_count,
+    )
+
+
 def _matmul_workspace_bytes(card: Card) -> int:
     """cuBLAS workspace of one thread and stream (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
     return 4096 * 8 * 1024 if card.capability[0] == 9 else (4096 * 2 + 16 * 8) * 1024
@@ -228,6 +240,7 @@ class FakeGpu(LiveMemory):
         yield mock.patch.object(FakeTensor, "device", property(device))
         yield mock.patch.object(FakeTensor, "is_cuda", property(lambda tensor: True), create=True)
         replacements = {
+            "torch.cuda._initialized": False,
             "torch.cuda._lazy_init": lambda: None,
             "torch.cuda.device": lambda device: contextlib.nullcontext(),
             "torch.cuda.current_device": lambda: 0,

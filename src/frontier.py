@@ -8,11 +8,11 @@ import torch
 
 from src import records
 from src.allocator import SimulatedOutOfMemory
-from src.config import RunConfig, UsageError
+from src.config import RunConfig
 from src.dry_run import Build, Prediction, limit_bytes, predict
-from src.fake_gpu import H100
+from src.fake_gpu import H100, Card, this_card
 from src.model_utils import load_model_config
-from src.utils import format_bytes, print_rank0
+from src.utils import GIB, format_bytes, print_rank0
 
 # Sizes are searched in these steps.
 GRANULARITY = {"batch_size": 1, "seq_length": 128}
@@ -45,13 +45,13 @@ def largest_size(config: RunConfig) -> int:
     return load_model_config(dataclasses.replace(config, pretrained=False)).max_position_embeddings
 
 
-def predicted_frontier(config: RunConfig, build: Build, limit: int) -> tuple[int, Prediction | None]:
-    """The largest size predicted to fit into `limit` bytes of reserved memory, and its prediction."""
+def predicted_frontier(config: RunConfig, build: Build, card: Card, limit: int) -> tuple[int, Prediction | None]:
+    """The largest size predicted to fit `card` with `limit` bytes of reserved memory, and its prediction."""
     predictions: dict[int, Prediction] = {}
 
     def fits(size: int) -> bool:
         try:
-            predictions[size] = predict(_sized(config, size), build, limit_bytes=limit)
+            predictions[size] = predict(_sized(config, size), build, card=card, limit_bytes=limit)
         except SimulatedOutOfMemory:
             return False
         return True
@@ -61,9 +61,19 @@ def predicted_frontier(config: RunConfig, build: Build, limit: int) -> tuple[int
 
 
 def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], expected: int) -> int:
-    """The largest size that runs on this GPU, found by running sizes around `expected`; each run leaves its record."""
+    """The largest size that runs on this GPU, found by running sizes around `expected`; each run leaves its record.
+
+    A card smaller than this one is measured by capping the allocator.
+    """
     granularity = GRANULARITY[config.find_max]
-    quiet = dataclasses.replace(config, snapshot_dir="", log_dir="")
+    limit = limit_bytes(config)
+    quiet = dataclasses.replace(
+        config,
+        snapshot_dir="",
+        log_dir="",
+        gpu_memory_gib=None,
+        memory_limit_gib=None if limit is None else limit / GIB,
+    )
 
     def runs(size: int) -> bool:
         if size == 0:
@@ -83,25 +93,27 @@ def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], ex
 def main(config: RunConfig, build: Build, measure: Callable[[RunConfig], int]) -> int:
     """Search, print and record the frontier; returns the exit status."""
     on_gpu = torch.cuda.is_available() and not config.dry_run
-    limit = limit_bytes(config)
-    if limit is None:
-        total = torch.cuda.get_device_properties(0).total_memory if on_gpu else H100.memory_bytes
-        limit = total - H100.context_bytes
-    if limit <= 0:
-        raise UsageError("a card this small has no room beside its CUDA context (--gpu_memory_gib)")
+    card = this_card() if on_gpu else H100
+    limit = limit_bytes(config) or card.memory_bytes - card.context_bytes
     record = records.new_record("all_gpu", "predicted", config, torch.device("cpu"))
     with records.recording(record, config):
-        size, prediction = predicted_frontier(config, build, limit)
+        size, prediction = predicted_frontier(config, build, card, limit)
         frontier: dict[str, Any] = {"searched": config.find_max, "limit_bytes": limit, "predicted": size}
-        record["frontier"] = frontier
+        record |= {"frontier": frontier, "simulated_gpu": card.name}
         if prediction is None:
-            predict(_sized(config, GRANULARITY[config.find_max]), build, limit_bytes=limit)  # says why it does not fit
+            smallest = _sized(config, GRANULARITY[config.find_max])
+            predict(smallest, build, card=card, limit_bytes=limit)  # raises what does not fit
         record |= {"peak_memory_bytes": prediction.peak_bytes, "peak_breakdown": prediction.breakdown}
         record |= {"peak_phase": prediction.phases.phase, "peak_reserved_bytes": prediction.peak_reserved_bytes}
-        print_rank0(_summary(config, prediction, size, limit))
+        print_rank0(_summary(config, prediction, card, limit))
         if on_gpu:
             frontier["measured"] = measured_frontier(config, measure, size)
             print_rank0(f"Measured on this GPU: the largest {config.find_max} that runs is {frontier['measured']}")
+    if record["status"] == "oom":
+        smallest = f"{config.find_max} {GRANULARITY[config.find_max]}"
+        print_rank0(f"Predicted ({card.name}): not even {smallest} fits {format_bytes(limit)} of allocator memory")
+        print_rank0(records.summary(record))
+    print_rank0(f"\n{records.files_written(config)}")
     return records.exit_status(record)
 
 
@@ -109,10 +121,11 @@ def _sized(config: RunConfig, size: int) -> RunConfig:
     return dataclasses.replace(config, **{config.find_max: size})
 
 
-def _summary(config: RunConfig, prediction: Prediction, size: int, limit: int) -> str:
+def _summary(config: RunConfig, prediction: Prediction, card: Card, limit: int) -> str:
     largest = max(prediction.breakdown, key=prediction.breakdown.__getitem__)
+    size = f"{config.find_max} {getattr(prediction.config, config.find_max)}"
     return (
-        f"Predicted: the largest {config.find_max} that fits {format_bytes(limit)} is {size}\n"
-        f"its peak, {format_bytes(prediction.peak_bytes)}, is in the {prediction.phases.phase} phase; "
-        f"the largest part is {largest.replace('_', ' ')}, {format_bytes(prediction.breakdown[largest])}"
+        f"Predicted ({card.name}): {size} is the largest that fits {format_bytes(limit)} of allocator memory\n"
+        f"peak {format_bytes(prediction.peak_bytes)} in the {prediction.phases.phase} phase; "
+        f"largest part: {largest.replace('_', ' ')}, {format_bytes(prediction.breakdown[largest])}"
     )

@@ -29,6 +29,7 @@ EMPTY: dict[str, Any] = {
     "status": None,  # "ok" | "oom" | "error"
     "mode": None,  # "measured" | "predicted" | "interpreted"
     "config": None,
+    "simulated_gpu": None,  # of a prediction: the GPU that was simulated
     "implementations": None,  # which function or class implements each kernel's part of the model
     "peak_memory_bytes": None,
     "peak_reserved_bytes": None,
@@ -201,7 +202,8 @@ def exit_status(record: dict[str, Any]) -> int:
 def report(record: dict[str, Any], config: RunConfig) -> str:
     """What a run prints at its end: what ran, its figures, and where the files are."""
     kernels = ", ".join(config.strategy.kernels) or "none"
-    where = "predicted, no GPU used" if record["mode"] == "predicted" else f"on {record['environment']['gpu']}"
+    simulated = record["simulated_gpu"]
+    where = f"predicted for {simulated}" if simulated else f"on {record['environment']['gpu']}"
     lines = [
         f"{config.model_name}, batch {config.batch_size} x {config.seq_length} tokens, {config.dtype}, {where}",
         f"Liger kernels: {kernels}; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
