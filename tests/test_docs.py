@@ -1,0 +1,72 @@
+"""The documents show what the records show."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from src import records, tables
+from tests.helpers import ROOT
+
+README = (ROOT / "README.md").read_text()
+PREDICTED = (ROOT / "doc" / "predicted_vs_measured.md").read_text()
+RECORDS = ROOT / "doc" / "data" / "h100_single_gpu"
+DEFAULT_RUN = "bs8_seq1024_ropeTrue_siluTrue_rmsTrue_flceTrue"
+
+
+def cells(table: str) -> list[list[str]]:
+    """What tells the runs of a Markdown table apart."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    return [row[: len(tables.CELL_HEADER)] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return tables.load_all(ROOT / "doc" / "data")
+
+
+def test_every_record_is_whole_and_names_its_code_and_machine(runs):
+    for run in runs:
+        assert set(run) == set(records.EMPTY)
+        assert re.fullmatch("[0-9a-f]{40}", run["environment"]["git_commit"]), run["run_name"]
+        assert run["environment"]["gpu"]
+        assert run["status"] in ("ok", "oom")
+
+
+def test_measured_table_is_that_of_the_records(runs):
+    assert (ROOT / "doc" / "measured.md").read_text().endswith(tables.measured_table(runs) + "\n")
+
+
+def test_predicted_table_has_a_row_for_each_record(runs):
+    assert cells(PREDICTED) == cells(tables.measured_table(runs))
+
+
+def test_readme_shows_rows_of_the_measured_table(runs):
+    measured = tables.measured_table(runs).splitlines()
+    shown = [line for line in README.splitlines() if line.startswith("| ")]
+    assert len(shown) > 5
+    assert set(shown) <= set(measured)
+
+
+def test_readme_shows_the_figures_of_the_default_run():
+    assert records.summary(records.load(RECORDS / f"{DEFAULT_RUN}.json")) in README
+
+
+def test_readme_states_the_largest_error_of_the_predictions():
+    count, error = re.search(r"^(\d+) peaks; the largest error is ([\d.]+%)", PREDICTED, re.MULTILINE).groups()
+    assert f"Over {count} peaks measured on an H100 the largest error is {error}" in README
+
+
+def test_readme_states_the_frontiers_of_the_records():
+    stated = re.search(
+        r"predicted and measured was (\d+) with all\s+Liger kernels and (\d+) with none", README
+    ).groups()
+    for size, kernels in zip(stated, ("True", "False")):
+        name = DEFAULT_RUN.replace("True", kernels) + "_iters5_warmup2_gpu24_maxbatch_size.json"
+        frontier = records.load(RECORDS / name)["frontier"]
+        assert frontier["predicted"] == frontier["measured"] == int(size)
+
+
+def test_readme_lists_every_module():
+    for path in [*Path(ROOT / "src").glob("*.py"), *ROOT.glob("*.py")]:
+        assert path.name == "__init__.py" or path.relative_to(ROOT).as_posix() in README, path
