@@ -24,6 +24,8 @@ def parse_config(description: str | None, defaults: RunConfig, *, cpu_defaults: 
     try:
         # A dry run and a search plan for a GPU, whether there is one or not.
         plans = arguments.dry_run or arguments.find_max
+        if arguments.gpu_memory_gib is not None and not plans:
+            raise UsageError("--gpu_memory_gib is for --dry_run and --find_max; --memory_limit_gib caps a measured run")
         device = "cuda" if plans else resolve_device(arguments.device)
         if device == "cpu":
             interpreter.restart_interpreted()

@@ -18,6 +18,8 @@ DEVICES = ("auto", "cuda", "cpu")
 SEARCHED = ("batch_size", "seq_length")
 ATTENTION = ("sdpa", "flash_attention_2", "eager")
 
+MAX_TOKENS = 2**32  # per step; a thousand times what any GPU holds, and safe for every tensor's size in bytes
+
 # Class in torch.optim and its keyword arguments.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw_fused": ("AdamW", {"fused": True}),
@@ -109,6 +111,11 @@ class RunConfig:
         for name, (smallest, largest) in bounds.items():
             if not smallest <= getattr(self, name) <= largest:
                 raise UsageError(f"--{name} must be from {smallest} to {largest}, got {getattr(self, name)}")
+        if self.batch_size * self.seq_length > MAX_TOKENS:
+            raise UsageError(
+                f"--batch_size {self.batch_size} x --seq_length {self.seq_length} is more than {MAX_TOKENS} tokens: "
+                "tensors of that size have no 64-bit byte count"
+            )
         if not 0 < self.learning_rate < float("inf"):
             raise UsageError(f"--learning_rate must be greater than 0, got {self.learning_rate}")
         for name in ("memory_limit_gib", "gpu_memory_gib"):

@@ -8,7 +8,7 @@ import torch
 
 from src import records
 from src.allocator import SimulatedOutOfMemory
-from src.config import RunConfig
+from src.config import MAX_TOKENS, RunConfig
 from src.dry_run import Build, Prediction, limit_bytes, predict
 from src.fake_gpu import H100, Card, this_card
 from src.model_utils import load_model_config
@@ -16,7 +16,6 @@ from src.utils import GIB, format_bytes, print_rank0
 
 # Sizes are searched in these steps.
 GRANULARITY = {"batch_size": 1, "seq_length": 128}
-LARGEST_BATCH = 2**20
 
 
 def search(fits: Callable[[int], bool], granularity: int, largest: int) -> int:
@@ -39,10 +38,11 @@ def search(fits: Callable[[int], bool], granularity: int, largest: int) -> int:
 
 
 def largest_size(config: RunConfig) -> int:
-    """The bound of the search: what the model's positions allow for sequences."""
+    """The bound of the search: tokens that can be counted, and for sequences the model's positions."""
     if config.find_max == "batch_size":
-        return LARGEST_BATCH
-    return load_model_config(dataclasses.replace(config, pretrained=False)).max_position_embeddings
+        return MAX_TOKENS // config.seq_length
+    positions = load_model_config(dataclasses.replace(config, pretrained=False)).max_position_embeddings
+    return min(positions, MAX_TOKENS // config.batch_size)
 
 
 def predicted_frontier(config: RunConfig, build: Build, card: Card, limit: int) -> tuple[int, Prediction | None]:

@@ -17,6 +17,7 @@ from src import dry_run, interpreter, records
 from src.cli import FAILED
 from src.config import RunConfig, Strategy, UsageError
 from src.experiment import Experiment
+from src.fake_gpu import H100
 from src.measure import Measurement, PhasePeaks, measure, measure_phases
 from src.model_utils import SHAPES, implementations, patched
 from src.profiler import write_tensorboard
@@ -137,7 +138,7 @@ def main(config: RunConfig, build: Build, full_size: RunConfig) -> int:
     print(f"\n{config.model_name}, {steps}; differences are relative, a rounding is 1e-07\n")
     print(table(rows), records.files_written(config), sep="\n\n")
     print(
-        f"\nForecast for a GPU (src/dry_run.py): {full_size.model_name}, "
+        f"\nForecast for an {H100.name} (src/dry_run.py): {full_size.model_name}, "
         f"{full_size.batch_size} x {full_size.seq_length} tokens, {full_size.dtype}\n"
     )
     print(dry_run.forecast(full_size, build, {"Hugging Face": Strategy.only(), "Liger": config.strategy}))

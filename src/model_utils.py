@@ -161,8 +161,13 @@ def apply_strategy(strategy: Strategy) -> None:
     """
     if not strategy.kernels:
         return
-    from liger_kernel.transformers import apply_liger_kernel_to_llama
-
+    try:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+    except ImportError as error:
+        raise UsageError(
+            f"Liger's kernels cannot be imported ({error}): pip install -r requirements.txt, or switch them off with "
+            "--enable_rope 0 --enable_swiglu 0 --enable_rms 0 --enable_flce 0"
+        ) from error
     _hide_notices()
     switches = {kernel.liger_switch: getattr(strategy, name) for name, kernel in KERNELS.items()}
     apply_liger_kernel_to_llama(**switches, cross_entropy=False)
