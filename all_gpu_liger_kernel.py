@@ -91,12 +91,14 @@ def main(config: RunConfig) -> int:
         measurement = measure(experiment.step, runtime, warmup=config.warmup, iterations=config.iterations)
         records.add_measurement(record, measurement)
         records.add_phases(record, measure_phases(experiment.step, runtime, experiment.grad_norm))
-        if config.snapshot_dir:
-            record_snapshot(experiment.step, config.snapshot_file)
-        if config.log_dir:
-            write_tensorboard(config.log_folder, record, measurement)
-            trace_step(experiment.step, config.trace_file)
     print_rank0(records.report(record, config))
+    # The record is safe by now, whatever becomes of the diagnostic steps.
+    if record["status"] == "ok" and config.snapshot_dir:
+        record_snapshot(experiment.step, config.snapshot_file)
+    if record["status"] == "ok" and config.log_dir:
+        write_tensorboard(config.log_folder, record, measurement)
+        trace_step(experiment.step, config.trace_file)
+    print_rank0("\n" + records.files_written(config))
     return records.exit_status(record)
 
 

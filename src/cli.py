@@ -1,4 +1,4 @@
-"""From the command line to an exit status: 0 done, 1 failed, 2 bad arguments, 3 out of memory."""
+"""From the command line to an exit status."""
 
 import dataclasses
 import sys
@@ -9,9 +9,7 @@ from typing import Any
 from src import interpreter
 from src.config import RunConfig, UsageError, make_parser, to_config
 from src.runtime import resolve_device
-from src.utils import error_line
-
-FAILED, BAD_ARGUMENTS, OUT_OF_MEMORY, INTERRUPTED = 1, 2, 3, 130
+from src.utils import ExitStatus, error_line
 
 
 def parse_config(description: str | None, defaults: RunConfig, *, cpu_defaults: Mapping[str, Any]) -> RunConfig:
@@ -34,7 +32,7 @@ def parse_config(description: str | None, defaults: RunConfig, *, cpu_defaults: 
         return dataclasses.replace(to_config(arguments), device=device)
     except UsageError as error:
         error_line(error)
-        sys.exit(BAD_ARGUMENTS)
+        sys.exit(ExitStatus.BAD_ARGUMENTS)
 
 
 def run(main: Callable[[RunConfig], int], config: RunConfig) -> int:
@@ -43,13 +41,13 @@ def run(main: Callable[[RunConfig], int], config: RunConfig) -> int:
         return main(config)
     except KeyboardInterrupt:
         error_line("interrupted")
-        return INTERRUPTED
+        return ExitStatus.INTERRUPTED
     except Exception as error:
         if config.debug:
             traceback.print_exc()
         if isinstance(error, UsageError):
             error_line(error)
-            return BAD_ARGUMENTS
+            return ExitStatus.BAD_ARGUMENTS
         hint = "" if config.debug else " (--debug shows where)"
         error_line(f"{type(error).__name__}: {error}{hint}")
-        return FAILED
+        return ExitStatus.FAILED

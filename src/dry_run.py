@@ -15,15 +15,12 @@ import torch
 
 from src import records
 from src.config import RunConfig, UsageError
-from src.experiment import Experiment
+from src.experiment import Build, Experiment
 from src.fake_gpu import H100, Allocation, Card, FakeGpu
 from src.measure import PhasePeaks, measure_phases
 from src.model_utils import flops_per_step, implementations, patched
-from src.runtime import Runtime
 from src.snapshot import save_simulated
 from src.utils import GIB, aligned_table, format_bytes, print_rank0
-
-Build = Callable[[RunConfig, Runtime], Experiment]
 
 # What a peak is made of, in the order it is shown.
 CATEGORIES = (
@@ -46,7 +43,7 @@ class FakeRuntime:
     def __init__(self, gpu: FakeGpu) -> None:
         self.gpu = gpu
 
-    def tracking(self):
+    def tracking(self) -> contextlib.AbstractContextManager:
         """Enter before building the model."""
         return self.gpu.active()
 
@@ -261,7 +258,7 @@ def main(config: RunConfig, build: Build) -> int:
             save_simulated(prediction.gpu, prediction.first_event, config.snapshot_file)
         if limit is not None:
             predict(config, build, limit_bytes=limit)
-    print_rank0(records.report(record, config))
+    print_rank0(records.report(record, config), records.files_written(config), sep="\n\n")
     if limit is not None:
         answer = "fits" if record["status"] == "ok" else "does not fit"
         print_rank0(f"\nIt {answer} {format_bytes(limit)} of allocator memory.")

@@ -1,11 +1,14 @@
 """What a script builds and `measure` runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from transformers import LlamaForCausalLM
 
+from src.config import RunConfig
 from src.measure import Step
+from src.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -25,3 +28,7 @@ class Experiment:
         """L2 norm of all gradients, taken in fp32 and without the loss scale."""
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self.gradients()]
         return torch.linalg.vector_norm(torch.stack(norms)).item() / self.scaler.get_scale()
+
+
+# A script's own function that builds what it measures, so that others can run it too.
+Build = Callable[[RunConfig, Runtime], Experiment]

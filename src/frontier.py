@@ -9,7 +9,8 @@ import torch
 from src import records
 from src.allocator import SimulatedOutOfMemory
 from src.config import MAX_TOKENS, RunConfig
-from src.dry_run import Build, Prediction, limit_bytes, predict
+from src.dry_run import Prediction, limit_bytes, predict
+from src.experiment import Build
 from src.fake_gpu import H100, Card, this_card
 from src.model_utils import load_model_config
 from src.utils import GIB, format_bytes, print_rank0

@@ -7,22 +7,20 @@ kernels' and is not reported.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from src import dry_run, interpreter, records
-from src.cli import FAILED
 from src.config import RunConfig, Strategy, UsageError
-from src.experiment import Experiment
+from src.experiment import Build
 from src.fake_gpu import H100
 from src.measure import Measurement, PhasePeaks, measure, measure_phases
 from src.model_utils import SHAPES, implementations, patched
 from src.profiler import write_tensorboard
-from src.runtime import CpuRuntime, Runtime
-from src.utils import aligned_table, format_bytes
+from src.runtime import CpuRuntime
+from src.utils import ExitStatus, aligned_table, format_bytes
 
 # Small enough for the interpreter, with a batch large enough that the logits dominate memory as they do at full size.
 DEFAULTS: dict[str, Any] = {
@@ -39,8 +37,6 @@ DEFAULTS: dict[str, Any] = {
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
 
 FULL_SIZE = {name + suffix for name in SHAPES if name != "tiny-llama" for suffix in ("", "-Instruct")}
-
-Build = Callable[[RunConfig, Runtime], Experiment]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +139,7 @@ def main(config: RunConfig, build: Build, full_size: RunConfig) -> int:
     )
     print(dry_run.forecast(full_size, build, {"Hugging Face": Strategy.only(), "Liger": config.strategy}))
     print("\nRunning this on a GPU would add measured peaks, latency, throughput, a snapshot and a trace.")
-    return 0 if all(row["agrees"] for row in rows) else FAILED
+    return ExitStatus.DONE if all(row["agrees"] for row in rows) else ExitStatus.FAILED
 
 
 def _strategies(chosen: Strategy) -> list[Strategy]:

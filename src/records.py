@@ -15,10 +15,9 @@ import torch
 
 from src import runtime
 from src.allocator import SimulatedOutOfMemory
-from src.cli import OUT_OF_MEMORY
 from src.config import RunConfig, UsageError
 from src.measure import Measurement, PhasePeaks
-from src.utils import aligned_table, check_writable, format_bytes, median_and_iqr, write_atomically
+from src.utils import ExitStatus, aligned_table, check_writable, format_bytes, median_and_iqr, write_atomically
 
 SCHEMA = 1
 
@@ -114,6 +113,8 @@ def recording(record: dict[str, Any], config: RunConfig) -> Iterator[None]:
     """
     _check_folders(config)
     watch = OutOfMemoryWatch()
+    if record["mode"] == "measured" and torch.cuda.is_available():
+        watch.attach()
     try:
         yield
         record["status"] = "ok"
@@ -136,8 +137,10 @@ class OutOfMemoryWatch:
 
     def __init__(self) -> None:
         self.facts: dict[str, int | None] = {"requested_bytes": None, "free_bytes": None, "allocated_bytes": None}
-        if torch.cuda.is_available():
-            torch._C._cuda_attach_out_of_memory_observer(self._observe)
+
+    def attach(self) -> None:
+        """Watch from now on, for as long as the process lives."""
+        torch._C._cuda_attach_out_of_memory_observer(self._observe)
 
     def _observe(self, device: int, requested: int, allowed: int, driver_free: int) -> None:
         # What this process could still have had: the driver's free memory, less under a cap, and its own unused blocks.
@@ -195,12 +198,12 @@ def _check_folders(config: RunConfig) -> None:
 
 
 def exit_status(record: dict[str, Any]) -> int:
-    """0 for a record of a result, 3 for one of running out of memory."""
-    return OUT_OF_MEMORY if record["status"] == "oom" else 0
+    """The status of a program whose result is this record."""
+    return ExitStatus.OUT_OF_MEMORY if record["status"] == "oom" else ExitStatus.DONE
 
 
 def report(record: dict[str, Any], config: RunConfig) -> str:
-    """What a run prints at its end: what ran, its figures, and where the files are."""
+    """What a run prints: what ran, and its figures."""
     kernels = ", ".join(config.strategy.kernels) or "none"
     simulated = record["simulated_gpu"]
     where = f"predicted for {simulated}" if simulated else f"on {record['environment']['gpu']}"
@@ -209,9 +212,9 @@ def report(record: dict[str, Any], config: RunConfig) -> str:
         f"Liger kernels: {kernels}; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
         "",
         summary(record),
-        "",
-        files_written(config),
     ]
+    if config.dtype == "fp16":
+        lines.insert(2, "fp16: through a loss scaler; its optimizer state underflows, so the loss means little")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """Small helpers that know nothing of experiments."""
 
+import enum
 import os
 import random
 import statistics
@@ -14,16 +15,26 @@ MIB = 2**20
 GIB = 2**30
 
 
+class ExitStatus(enum.IntEnum):
+    """What a script tells the shell."""
+
+    DONE = 0
+    FAILED = 1
+    BAD_ARGUMENTS = 2
+    OUT_OF_MEMORY = 3
+    INTERRUPTED = 130
+
+
 def set_seed(seed: int) -> None:
     """Seed every random generator an experiment draws from."""
     random.seed(seed)
     torch.manual_seed(seed)
 
 
-def print_rank0(*args: object) -> None:
+def print_rank0(*args: object, sep: str = " ") -> None:
     """Print once per job, not once per process."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(*args, flush=True)
+        print(*args, sep=sep, flush=True)
 
 
 def random_batch(vocab_size: int, batch_size: int, seq_length: int, device: torch.device) -> dict[str, torch.Tensor]:

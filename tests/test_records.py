@@ -234,9 +234,10 @@ def test_text_beside_the_record_is_its_summary(config):
     assert text.read_text() == records.summary(record) + "\n"
 
 
-def test_report_names_the_files_that_were_written(config):
+def test_report_has_the_figures_and_names_the_files_that_were_written(config):
     record = measured_record(config)
     records.save(record, config.record_file)
-    report = records.report(record, config)
-    assert str(config.record_file) in report
-    assert str(config.snapshot_file) not in report
+    assert records.summary(record) in records.report(record, config)
+    written = records.files_written(config)
+    assert str(config.record_file) in written
+    assert str(config.snapshot_file) not in written
