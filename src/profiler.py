@@ -16,12 +16,12 @@ from src.utils import GIB, MIB, write_atomically
 
 # Columns of TensorBoard's HPARAMS page, which shows the first five: tag -> (key of the record, divisor).
 _RESULTS = {
-    "run/peak_GiB": ("peak_memory_bytes", GIB),
-    "run/step_s": ("latency_s", 1),
-    "run/tokens_per_s": ("throughput_tokens_per_s", 1),
-    "run/mfu": ("mfu", 1),
-    "run/reserved_GiB": ("peak_reserved_bytes", GIB),
-    "run/loss": ("loss", 1),
+    "summary/peak_GiB": ("peak_memory_bytes", GIB),
+    "summary/step_s": ("latency_s", 1),
+    "summary/tokens_per_s": ("throughput_tokens_per_s", 1),
+    "summary/mfu": ("mfu", 1),
+    "summary/reserved_GiB": ("peak_reserved_bytes", GIB),
+    "summary/loss": ("loss", 1),
 }
 
 
@@ -50,12 +50,12 @@ def write_tensorboard(folder: Path, record: dict[str, Any], measurement: Measure
 def _add_hparams(writer: SummaryWriter, config: RunConfig, record: dict[str, Any]) -> None:
     """One row of the HPARAMS page: what runs are compared by, and their results; everything else is in the text."""
     kernels = config.strategy.kernels
+    # Few and short columns, so that the results beside them are in sight.
     shown = {
         "Liger": "all" if config.strategy == Strategy() else "+".join(kernels) or "none",  # capitals sort first
-        "batch_size": config.batch_size,
-        "dtype": config.dtype,
-        "model_name": config.model_name,
-        "seq_length": config.seq_length,
+        "checkpointing": "on" if config.gradient_checkpointing else "off",
+        "model": f"{config.dtype} {config.model_name.rsplit('/')[-1]}",
+        "tokens": f"{config.batch_size} x {config.seq_length}",
     }
     # TensorBoard takes the columns from any one run, so each run names them all, also those it has no figure for.
     for summary in hparams(shown, dict.fromkeys(_RESULTS, 0.0)):
