@@ -115,7 +115,7 @@ class CachingAllocator:
         if self.limit_bytes is not None and self.reserved_bytes + segment_bytes > self.limit_bytes:
             self.release_cached()
             if self.reserved_bytes + segment_bytes > self.limit_bytes:
-                raise SimulatedOutOfMemory(size, self.limit_bytes - self.allocated_bytes, self.allocated_bytes)
+                raise SimulatedOutOfMemory(segment_bytes, self.limit_bytes - self.allocated_bytes, self.allocated_bytes)
         block = Block(self._next_address, segment_bytes, pool)
         self._next_address += segment_bytes
         self.segments[block.address] = block

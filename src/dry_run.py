@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ class Prediction:
     breakdown: dict[str, int]  # category -> bytes at the peak; sums to peak_bytes
     model_flops: int
     implementations: dict[str, str]
-    gpu: FakeGpu
+    gpu: FakeGpu = field(repr=False)
+    experiment: Experiment = field(repr=False)  # while it lives, so does its memory on `gpu`
     first_event: int  # where the events of the step begin
 
     @property
@@ -141,6 +142,7 @@ def predict(
             model_flops=flops_per_step(experiment.model, config),
             implementations=implementations(experiment.model),
             gpu=gpu,
+            experiment=experiment,
             first_event=first_event,
         )
 

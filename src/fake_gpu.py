@@ -3,7 +3,8 @@
 Inside `FakeGpu.active()` code that asks for CUDA gets PyTorch's fake tensors. They carry shapes and dtypes through real
 autograd, real optimizers and Liger's own Python wrappers; nothing is computed. PyTorch builds for CPUs cannot make fake
 CUDA tensors, so the fakes are CPU tensors that say `cuda` to Python. What a GPU would allocate beyond the tensors that
-operations return (library workspaces, temporaries inside kernels) is listed in `_TEMPORARIES`.
+operations return (library workspaces, temporaries inside kernels) is listed in `_TEMPORARIES`. All tensors are counted
+as the GPU's, so are the numbers that some optimizers keep on the host, 512 bytes each.
 """
 
 import contextlib
@@ -68,7 +69,8 @@ def _embedding_backward_bytes(grad: torch.Tensor, indices: torch.Tensor, *_: Any
 def _cudnn_attention_backward_bytes(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *_: Any) -> list[int]:
     """cuDNN's workspace: dQ and a row sum in fp32 and, with grouped queries, dK and dV of every query head.
 
-    Found by measuring on an H100 with PyTorch 2.11 and cuDNN 9.
+    Found on an H100 with PyTorch 2.11 and cuDNN 9: 129 MiB in the snapshot of 8 x 1024 tokens, 32 heads of 64 and 8
+    key heads. No measured peak depends on it.
     """
     batch, heads, length, width = query.shape
     rows = batch * heads * length

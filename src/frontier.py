@@ -86,6 +86,7 @@ def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], ex
         while size + granularity <= largest_size(config) and runs(size + granularity):
             size += granularity
         return size
+    size -= granularity
     while not runs(size):
         size -= granularity
     return size

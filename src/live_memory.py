@@ -95,7 +95,8 @@ def _adds_in_place(func: Callable, args: Sequence[Any]) -> bool:
 
     The engine adds the gradients that reach a node into the first one's memory if nobody else holds it, but out of
     place whenever a dispatch mode is active (torch/csrc/autograd/input_buffer.cpp). It calls from C++, so the nearest
-    Python frame is the one that started it; a tensor that only it holds has the use counts below in here.
+    Python frame is the one that started it; a tensor that only it holds has the use counts below in here. A gradient
+    that a hook keeps in Python shows the same counts and is taken to be free; the study's step has no such hook.
     """
     if func is not torch.ops.aten.add.Tensor or torch.is_grad_enabled():
         return False

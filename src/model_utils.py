@@ -97,7 +97,7 @@ def load_model_config(config: RunConfig) -> LlamaConfig:
     else:
         raise UsageError(
             f"unknown model {config.model_name!r}: use one of {', '.join(SHAPES)} (or its -Instruct id), a local "
-            "folder with a config.json, or --pretrained with a Hub id you have access to"
+            "folder with a config.json, or, to measure, --pretrained with a Hub id you have access to"
         )
     if model_config.model_type != "llama":
         raise UsageError(f"{config.model_name} is a {model_config.model_type!r} model; this study patches 'llama' only")

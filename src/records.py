@@ -187,7 +187,9 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _check_folders(config: RunConfig) -> None:
-    for name in ("result_dir", "snapshot_dir", "log_dir"):
+    plans = config.dry_run or config.find_max is not None
+    needed = {"result_dir": True, "snapshot_dir": not config.find_max, "log_dir": not plans}
+    for name in (name for name in needed if needed[name]):
         folder = getattr(config, name)
         if not folder and name != "result_dir":
             continue
