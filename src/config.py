@@ -18,7 +18,7 @@ DEVICES = ("auto", "cuda", "cpu")
 SEARCHED = ("batch_size", "seq_length")
 ATTENTION = ("sdpa", "flash_attention_2", "eager")
 
-MAX_TOKENS = 2**32  # per step; a thousand times what any GPU holds, and safe for every tensor's size in bytes
+MAX_TOKENS = 2**32  # per step; far more than fits a GPU, and every tensor's size in bytes stays below 2**63
 
 # Class in torch.optim and its keyword arguments.
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -90,15 +90,15 @@ class RunConfig:
     attention: str = _option("sdpa", "Hugging Face attention implementation", tag="", choices=ATTENTION)
     device: str = _option("auto", "auto takes the GPU where there is one", tag="", choices=DEVICES)
     memory_limit_gib: float | None = _option(None, "cap the GPU allocator, as on a smaller card", tag="limit")
-    dry_run: bool = _option(False, "predict the peak on fake tensors, without a GPU", tag="dryrun")
+    dry_run: bool = _option(False, "predict the peak on fake tensors, without a GPU", tag="dryrun", action="store_true")
     gpu_memory_gib: float | None = _option(None, "memory of the card that a dry run must fit into", tag="gpu")
     find_max: str | None = _option(None, "search the largest that fits", tag="max", choices=SEARCHED)
-    pretrained: bool = _option(False, "load the real weights instead of random ones", tag="pretrained")
+    pretrained: bool = _option(False, "load the real weights, not random ones", tag="pretrained", action="store_true")
     seed: int = _option(42, "of weights and tokens", tag="seed")
     result_dir: str = _option("results", "where the record goes")
     snapshot_dir: str = _option("snap_shots", "where the memory snapshot goes; '' writes none")
     log_dir: str = _option("logs", "where TensorBoard logs and the trace go; '' writes none")
-    debug: bool = _option(False, "show the traceback of an error")
+    debug: bool = _option(False, "show the traceback of an error", action="store_true")
 
     def __post_init__(self) -> None:
         bounds = {
@@ -200,8 +200,8 @@ def _add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, default: 
     shown = "" if default is None else f" (default: {int(default) if f.type is bool else default})"
     flag = "--" + (f.metadata["flag"] or f.name)
     kwargs = {"dest": f.name, "default": default, "help": f.metadata["help"] + shown}
-    if f.type is bool and f.name in ("dry_run", "pretrained", "debug"):
-        kwargs |= {"action": "store_true", "help": f.metadata["help"]}
+    if "action" in f.metadata["argparse"]:
+        kwargs |= {"help": f.metadata["help"]}
     elif f.type is bool:
         kwargs |= {"type": _flag01, "metavar": "0|1"}
     else:

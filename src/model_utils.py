@@ -1,5 +1,6 @@
 """Llama shapes shipped with the repository, building a model, and putting Liger's kernels into it."""
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         head_dim=128,
         tie_word_embeddings=False,
     ),
-    # For CPUs: the proportions of Llama 3.2 1B (vocabulary over hidden size, MLP over hidden size), a millionth of it.
+    # For CPUs: about the proportions of Llama 3.2 1B (vocabulary and MLP over hidden size) at 1/3000 of its weights.
     "tiny-llama": {
         "vocab_size": 4096,
         "hidden_size": 64,
@@ -147,6 +148,7 @@ _HIDDEN_NOTICES = {
 }
 
 
+@functools.cache
 def _hide_notices() -> None:
     for name, text in _HIDDEN_NOTICES.items():
         logging.getLogger(name).addFilter(lambda record, text=text: text not in str(record.msg))

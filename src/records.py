@@ -17,7 +17,15 @@ from src import runtime
 from src.allocator import SimulatedOutOfMemory
 from src.config import RunConfig, UsageError
 from src.measure import Measurement, PhasePeaks
-from src.utils import ExitStatus, aligned_table, check_writable, format_bytes, median_and_iqr, write_atomically
+from src.utils import (
+    ExitStatus,
+    aligned_table,
+    check_writable,
+    format_bytes,
+    median_and_iqr,
+    print_rank0,
+    write_atomically,
+)
 
 SCHEMA = 1
 
@@ -129,7 +137,7 @@ def recording(record: dict[str, Any], config: RunConfig) -> Iterator[None]:
         raise
     finally:
         if record["status"] is not None:
-            save(record, config.record_file)
+            _save_or_print(record, config.record_file)
 
 
 class OutOfMemoryWatch:
@@ -173,6 +181,15 @@ def save(record: dict[str, Any], path: Path) -> None:
     text = json.dumps(_finite(record), indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
     write_atomically(path.with_name(path.stem + ".txt"), lambda temporary: temporary.write_text(summary(record) + "\n"))
+
+
+def _save_or_print(record: dict[str, Any], path: Path) -> None:
+    """Save the record; a full disk costs the file, not the figures."""
+    try:
+        save(record, path)
+    except OSError:
+        print_rank0(summary(record))
+        raise
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from src import records, tables
+from doc import tables
+from src import records
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -68,5 +69,5 @@ def test_readme_states_the_frontiers_of_the_records():
 
 
 def test_readme_lists_every_module():
-    for path in [*Path(ROOT / "src").glob("*.py"), *ROOT.glob("*.py")]:
+    for path in [*Path(ROOT / "src").glob("*.py"), *ROOT.glob("*.py"), *Path(ROOT / "doc").glob("*.py")]:
         assert path.name == "__init__.py" or path.relative_to(ROOT).as_posix() in README, path

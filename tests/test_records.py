@@ -241,3 +241,14 @@ def test_report_has_the_figures_and_names_the_files_that_were_written(config):
     written = records.files_written(config)
     assert str(config.record_file) in written
     assert str(config.snapshot_file) not in written
+
+
+def test_disk_that_is_full_costs_the_file_and_not_the_figures(config, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records, "write_atomically", full)
+    record = measured_record(config)
+    with pytest.raises(OSError, match="No space left"), records.recording(record, config):
+        pass
+    assert records.summary(record) in capsys.readouterr().out

@@ -1,7 +1,7 @@
-"""Tables made from records, in Markdown.
+"""Tables made from records, in Markdown: the peak and speed of every measured run, and every prediction beside it.
 
-python -m src.tables measured doc/data       # peak and throughput of every measured single-GPU run
-python -m src.tables predicted doc/data      # every measured run beside its dry run and other estimators' figures
+python -m doc.tables measured doc/data > doc/measured.md
+python -m doc.tables predicted doc/data > doc/predicted_vs_measured.md
 """
 
 import argparse
@@ -169,7 +169,7 @@ def main() -> int:
     try:
         runs = load_all(arguments.folder)
         title, table = TABLES[arguments.table]
-        command = f"python -m src.tables {arguments.table} {arguments.folder}"
+        command = f"python -m doc.tables {arguments.table} {arguments.folder}"
         print(f"# {title}\n\nMade by `{command}`.\n{machines(runs)}\n\n{table(runs)}")
     except UsageError as error:
         error_line(error)
