@@ -79,7 +79,7 @@ def main(config: RunConfig) -> int:
     if config.device == "cpu":
         return kernel_check.main(config, build_experiment, DEFAULTS)
     runtime = CudaRuntime(config)
-    record = records.new_record("all_gpu", "measured", config, runtime.device)
+    record = records.new_record("measured", config, runtime.device)
     with records.recording(record, config):
         runtime.reset_peak()
         experiment = build_experiment(config, runtime)

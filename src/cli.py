@@ -1,5 +1,6 @@
 """From the command line to an exit status."""
 
+import argparse
 import dataclasses
 import sys
 import traceback
@@ -7,32 +8,56 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from src import interpreter
-from src.config import RunConfig, UsageError, make_parser, to_config
+from src.config import PRESETS, OffloadConfig, RunConfig, UsageError, make_parser, to_config
 from src.runtime import resolve_device
 from src.utils import ExitStatus, error_line
 
 
 def parse_config(description: str | None, defaults: RunConfig, *, cpu_defaults: Mapping[str, Any]) -> RunConfig:
-    """The command line as a `RunConfig` whose device is 'cuda' or 'cpu'.
+    """The command line as a configuration, of the type of `defaults`, whose device is 'cuda' or 'cpu'.
 
     `cpu_defaults` replace `defaults` where the run will be on a CPU. Bad arguments end the program with status 2.
     """
     parser = make_parser(description, defaults)
+    if isinstance(defaults, OffloadConfig):
+        _add_original_flags(parser)
     arguments = parser.parse_args()
     try:
-        # A dry run and a search plan for a GPU, whether there is one or not.
-        plans = arguments.dry_run or arguments.find_max
-        if arguments.gpu_memory_gib is not None and not plans:
-            raise UsageError("--gpu_memory_gib is for --dry_run and --find_max; --memory_limit_gib caps a measured run")
+        plans = _plans(arguments)
         device = "cuda" if plans else resolve_device(arguments.device)
+        # What a preset or a CPU changes are defaults: flags come before them.
+        if isinstance(defaults, OffloadConfig):
+            parser.set_defaults(**PRESETS[arguments.preset])
         if device == "cpu":
             interpreter.restart_interpreted()
             parser.set_defaults(**cpu_defaults)
-            arguments = parser.parse_args()
-        return dataclasses.replace(to_config(arguments), device=device)
+        arguments = parser.parse_args()
+        return dataclasses.replace(to_config(arguments, type(defaults)), device=device)
     except UsageError as error:
         error_line(error)
         sys.exit(ExitStatus.BAD_ARGUMENTS)
+
+
+def _plans(arguments: argparse.Namespace) -> bool:
+    """Whether a dry run or a search is asked for: they plan for a GPU, whether there is one or not."""
+    plans = bool(getattr(arguments, "dry_run", False) or getattr(arguments, "find_max", None))
+    if getattr(arguments, "gpu_memory_gib", None) is not None and not plans:
+        raise UsageError("--gpu_memory_gib is for --dry_run and --find_max; --memory_limit_gib caps a measured run")
+    return plans
+
+
+def _add_original_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the original that set another field, or that launchers add."""
+    parser.add_argument(
+        "--is_flash_attn",
+        dest="attention",
+        action="store_const",
+        const="flash_attention_2",
+        default=argparse.SUPPRESS,
+        help="the same as --attention flash_attention_2",
+    )
+    # Launchers pass it on; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def run(main: Callable[[RunConfig], int], config: RunConfig) -> int:

@@ -1,16 +1,17 @@
-"""What one experiment is: the kernels it runs (`Strategy`) and everything else (`RunConfig`).
+"""What one experiment is: the kernels it runs (`Strategy`) and everything else (`RunConfig`, `OffloadConfig`).
 
-Both are frozen dataclasses; the command line, the run name and the record's `config` are made from their fields,
+All are frozen dataclasses; the command line, the run name and the record's `config` are made from their fields,
 so a field added here reaches all three. Nothing here imports torch: naming and planning runs stays instant.
 """
 
 import argparse
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 from urllib.parse import quote
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -73,7 +74,11 @@ STRATEGIES: dict[str, Strategy] = {
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One experiment. Field defaults are the study's settings; run names are relative to them."""
+    """One experiment on one GPU. Field defaults are the study's settings; run names are relative to them."""
+
+    script: ClassVar[str] = "all_gpu"
+    original_flags: ClassVar[dict[str, str]] = {}  # field -> another name of its flag
+    without_flag: ClassVar[frozenset[str]] = frozenset({"strategy"})
 
     model_name: str = _option(
         "meta-llama/Llama-3.2-1B-Instruct", "Hub id with a shipped shape, 'tiny-llama', or a local folder", tag="model"
@@ -101,16 +106,13 @@ class RunConfig:
     debug: bool = _option(False, "show the traceback of an error", action="store_true")
 
     def __post_init__(self) -> None:
-        bounds = {
-            "batch_size": (1, 2**31),
-            "seq_length": (2, 2**31),  # the labels are the tokens, shifted by one
-            "iterations": (1, 2**31),
-            "warmup": (0, 2**31),
-            "seed": (0, 2**63 - 1),
-        }
-        for name, (smallest, largest) in bounds.items():
-            if not smallest <= getattr(self, name) <= largest:
-                raise UsageError(f"--{name} must be from {smallest} to {largest}, got {getattr(self, name)}")
+        self._check_bounds(
+            batch_size=(1, 2**31),
+            seq_length=(2, 2**31),  # the labels are the tokens, shifted by one
+            iterations=(1, 2**31),
+            warmup=(0, 2**31),
+            seed=(0, 2**63 - 1),
+        )
         if self.batch_size * self.seq_length > MAX_TOKENS:
             raise UsageError(
                 f"--batch_size {self.batch_size} x --seq_length {self.seq_length} is more than {MAX_TOKENS} tokens: "
@@ -123,23 +125,41 @@ class RunConfig:
             if value is not None and not 0 < value < float("inf"):
                 raise UsageError(f"--{name} must be greater than 0, got {value}")
 
+    def _check_bounds(self, **bounds: tuple[float, float]) -> None:
+        for name, (smallest, largest) in bounds.items():
+            if not smallest <= getattr(self, name) <= largest:
+                flag = self.original_flags.get(name, name)
+                raise UsageError(f"--{flag} must be from {smallest} to {largest}, got {getattr(self, name)}")
+
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of one optimizer step."""
+        """Tokens of one optimizer step, on all GPUs."""
         return self.batch_size * self.seq_length
+
+    @property
+    def description(self) -> str:
+        """What one step trains on, and how, for a person."""
+        return f"batch {self.batch_size} x {self.seq_length} tokens, {self.dtype}"
+
+    def _original_name(self) -> str:
+        kernels = self.strategy
+        return (
+            f"bs{self.batch_size}_seq{self.seq_length}_rope{kernels.rope}_silu{kernels.swiglu}"
+            f"_rms{kernels.rms_norm}_flce{kernels.flce}"
+        )
+
+    def _usual(self, f: dataclasses.Field) -> Any:
+        """The value of a field that the run name leaves out."""
+        return f.default
 
     @property
     def run_name(self) -> str:
         """The original's name, then every setting that differs from the study's: different runs, different names."""
-        kernels = self.strategy
-        name = (
-            f"bs{self.batch_size}_seq{self.seq_length}_rope{kernels.rope}_silu{kernels.swiglu}"
-            f"_rms{kernels.rms_norm}_flce{kernels.flce}"
-        )
+        name = self._original_name()
         for f in dataclasses.fields(self):
             value, tag = getattr(self, f.name), f.metadata.get("tag")
             # A name does not depend on whether the GPU was asked for or found.
-            if tag is None or value == f.default or (f.name, value) == ("device", "cuda"):
+            if tag is None or value == self._usual(f) or (f.name, value) == ("device", "cuda"):
                 continue
             name += f"_{tag}{_name_part(value)}"
         # File systems take names of 255 bytes, and a suffix follows.
@@ -151,7 +171,7 @@ class RunConfig:
         return values | dataclasses.asdict(self.strategy)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`; keys that are no field of this version are left out."""
         own = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}
         kernels = {f.name: values[f.name] for f in dataclasses.fields(Strategy) if f.name in values}
@@ -178,13 +198,167 @@ class RunConfig:
         return self.log_folder / "step.pt.trace.json"
 
 
+# DeepSpeed's CPU Adam, all of it in the optimizer phase; and ours, which updates while the next forward pass runs.
+OFFLOAD_OPTIMIZERS = ("deepspeed_cpu_adam", "overlapped_cpu_adam")
+STATES = ("fp32", "bf16")
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+# The original's settings, and ours for speed. What neither names has one default for both.
+PRESETS: dict[str, dict[str, Any]] = {
+    "seed": {
+        "dtype": "fp16",
+        "optimizer": "deepspeed_cpu_adam",
+        "optimizer_states": "fp32",
+        "reduce_bucket_size": 1e5,
+        "sub_group_size": 0,
+        "fetch_layers": False,
+        "prefetch_layers": 0,
+    },
+    "fast": {
+        "dtype": "bf16",
+        "optimizer": "overlapped_cpu_adam",
+        "optimizer_states": "fp32",
+        "reduce_bucket_size": None,
+        "sub_group_size": None,
+        "fetch_layers": True,
+        "prefetch_layers": 1,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadConfig(RunConfig):
+    """One experiment under ZeRO-3 with everything offloaded to the CPU. Run names are relative to the preset."""
+
+    script: ClassVar[str] = "deepspeed"
+    original_flags: ClassVar[dict[str, str]] = {
+        "batch_size": "per_device_train_batch_size",
+        "seq_length": "max_seq_len",
+        "iterations": "num_train_iterations",
+        "rope": "enable_liger_rope",
+        "swiglu": "enable_liger_swiglu",
+        "rms_norm": "enable_liger_rms",
+        "flce": "enable_liger_flce",
+    }
+    without_flag: ClassVar[frozenset[str]] = frozenset(
+        {"strategy", "world_size", "dry_run", "gpu_memory_gib", "find_max"}
+    )
+
+    preset: str = _option(
+        "seed", "the original's DeepSpeed settings, or ours for speed", tag="", choices=tuple(PRESETS)
+    )
+    world_size: int = _option(1, "processes, one per GPU", tag="gpus")
+    batch_size: int = _option(4, "sequences per GPU and micro-batch")
+    gradient_accumulation_steps: int = _option(1, "micro-batches per step", tag="accum")
+    iterations: int = _option(5, "timed steps", tag="iters")
+    dtype: str = _option("fp16", "weights and gradients", tag="", choices=DTYPES)
+    optimizer: str = _option(OFFLOAD_OPTIMIZERS[0], "how weights are updated", tag="", choices=OFFLOAD_OPTIMIZERS)
+    optimizer_states: str = _option("fp32", "master weights and Adam's moments", tag="states", choices=STATES)
+    learning_rate: float = _option(1e-4, "of the optimizer", tag="lr")
+    weight_decay: float = _option(0.01, "of the optimizer", tag="wd")
+    beta_0: float = _option(0.9, "decay of Adam's first moment", tag="beta0+")
+    beta_1: float = _option(0.95, "decay of Adam's second moment", tag="beta1+")
+    gradient_clipping: float = _option(0.9, "largest norm of all gradients; 0 clips nothing", tag="clip")
+    lr_scheduler_type: str = _option("cosine", "learning-rate schedule", tag="", choices=SCHEDULERS)
+    num_warmup_steps: int = _option(0, "of the learning-rate schedule", tag="lrwarmup")
+    fp16_loss_scale_window: int = _option(100, "steps without overflow before the loss scale doubles", tag="window")
+    fp16_initial_scale_power: int = _option(7, "the loss scale starts at 2 to this power", tag="scale")
+    fp16_hysteresis: int = _option(1, "overflows before the loss scale halves", tag="hysteresis")
+    reduce_bucket_size: float | None = _option(1e5, "gradient elements reduced at a time; fast: a layer", tag="bucket")
+    sub_group_size: float | None = _option(0, "elements updated at a time; fast: a layer", tag="sub")
+    fetch_layers: bool = _option(False, "fetch a whole decoder layer at a time, not each weight", tag="fetchlayers")
+    prefetch_layers: int = _option(0, "decoder layers fetched ahead", tag="prefetch")
+    cpu_threads: int | None = _option(None, "threads of overlapped_cpu_adam (default: one per core)", tag="threads")
+    ds_override: str = _option("{}", "JSON merged into the DeepSpeed configuration; null removes", tag="ds")
+    step_per_print: int = _option(10, "steps between DeepSpeed's own reports")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_bounds(
+            world_size=(1, 2**20),
+            gradient_accumulation_steps=(1, 2**20),
+            weight_decay=(0, 1e6),
+            beta_0=(0, 1 - 1e-9),
+            beta_1=(0, 1 - 1e-9),
+            gradient_clipping=(0, 1e30),
+            num_warmup_steps=(0, 2**31),
+            fp16_loss_scale_window=(1, 2**31),
+            fp16_initial_scale_power=(0, 32),
+            fp16_hysteresis=(1, 2**31),
+            prefetch_layers=(0, 2**20),
+            step_per_print=(1, 2**31),
+        )
+        for name, smallest in (("reduce_bucket_size", 1), ("sub_group_size", 0), ("cpu_threads", 1)):
+            value = getattr(self, name)
+            if value is not None and not smallest <= value <= 2**40:
+                raise UsageError(f"--{name} must be {smallest} or more, got {value}")
+        if self.optimizer == "overlapped_cpu_adam" and self.dtype == "fp16":
+            raise UsageError("--optimizer overlapped_cpu_adam has no fp16: use --dtype bf16")
+        if self.optimizer_states == "bf16" and self.dtype != "bf16":
+            raise UsageError(f"--optimizer_states bf16 goes with --dtype bf16, not {self.dtype}")
+        self.ds_overrides  # noqa: B018  a malformed one is told now
+
+    @property
+    def ds_overrides(self) -> dict[str, Any]:
+        """`ds_override`, parsed."""
+        try:
+            overrides = json.loads(self.ds_override)
+        except ValueError as error:
+            raise UsageError(f"--ds_override is not JSON: {error}") from error
+        if not isinstance(overrides, dict):
+            raise UsageError("--ds_override must be a JSON object")
+        return overrides
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of one optimizer step, on all GPUs."""
+        return self.batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, on all GPUs."""
+        return self.global_batch_size * self.seq_length
+
+    @property
+    def description(self) -> str:
+        """What one step trains on, and how, for a person."""
+        times = ((self.gradient_accumulation_steps, "micro-batches"), (self.world_size, "processes"))
+        size = "".join(f" x {count} {unit}" for count, unit in times if count > 1)
+        states = f"{self.dtype} with {self.optimizer_states} optimizer states"
+        return (
+            f"batch {self.batch_size} x {self.seq_length} tokens{size}, {states}, ZeRO-3 offload, {self.preset} preset"
+        )
+
+    def _original_name(self) -> str:
+        kernels = self.strategy
+        return (
+            f"bs{self.global_batch_size}_seq{self.seq_length}_liger_rope{kernels.rope:d}_silu{kernels.swiglu:d}"
+            f"_rms{kernels.rms_norm:d}_flce{kernels.flce:d}"
+        )
+
+    def _usual(self, f: dataclasses.Field) -> Any:
+        return PRESETS[self.preset].get(f.name, f.default)
+
+
+CONFIGS: dict[str, type[RunConfig]] = {config.script: config for config in (RunConfig, OffloadConfig)}
+
+
+def config_of(record: Mapping[str, Any]) -> RunConfig:
+    """The configuration that a record keeps."""
+    return CONFIGS[record["script"]].from_dict(record["config"])
+
+
+# Values that stand in names as they are.
+_PLAIN_NAMES = {*OPTIMIZERS, *ATTENTION, *SEARCHED, *OFFLOAD_OPTIMIZERS, *SCHEDULERS}
+
+
 def _name_part(value: Any) -> str:
     """`value` as part of a file name, different for different values."""
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, float) and float(f"{value:g}") == value:
         return f"{value:g}"
-    if not isinstance(value, str) or value in OPTIMIZERS or value in ATTENTION or value in SEARCHED:
+    if not isinstance(value, str) or value in _PLAIN_NAMES:
         return str(value)
     # A model: org+model reads well; "_" separates the parts of a name, so it is encoded like the rest.
     return quote(value, safe="").replace("_", "%5F").replace("%2F", "+")
@@ -196,33 +370,36 @@ def _flag01(text: str) -> bool:
     return text == "1"
 
 
-def _add_option(parser: argparse.ArgumentParser, f: dataclasses.Field, default: Any) -> None:
+_FLAG_TYPES = {float | None: float, str | None: str, int | None: int}
+
+
+def _add_option(parser: Any, f: dataclasses.Field, default: Any, original_flag: str | None) -> None:
     shown = "" if default is None else f" (default: {int(default) if f.type is bool else default})"
-    flag = "--" + (f.metadata["flag"] or f.name)
+    names = dict.fromkeys([original_flag or f.name, f.metadata["flag"] or f.name])
     kwargs = {"dest": f.name, "default": default, "help": f.metadata["help"] + shown}
     if "action" in f.metadata["argparse"]:
         kwargs |= {"help": f.metadata["help"]}
     elif f.type is bool:
-        kwargs |= {"type": _flag01, "metavar": "0|1"}
+        kwargs |= {"type": _flag01, "metavar": "0|1", "nargs": "?", "const": True}
     else:
-        kwargs |= {"type": {float | None: float, str | None: str}.get(f.type, f.type)}
-    parser.add_argument(flag, **kwargs, **f.metadata["argparse"])
+        kwargs |= {"type": _FLAG_TYPES.get(f.type, f.type)}
+    parser.add_argument(*(f"--{name}" for name in names), **kwargs, **f.metadata["argparse"])
 
 
 def make_parser(description: str | None, defaults: RunConfig) -> argparse.ArgumentParser:
-    """An argparse parser with one option per field of `RunConfig` and `Strategy`, `defaults` as default values."""
+    """An argparse parser with one option per field of `defaults` and its strategy, `defaults` as default values."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    for f in dataclasses.fields(RunConfig):
-        if f.name != "strategy":
-            _add_option(parser, f, getattr(defaults, f.name))
+    for f in dataclasses.fields(defaults):
+        if f.name not in defaults.without_flag:
+            _add_option(parser, f, getattr(defaults, f.name), defaults.original_flags.get(f.name))
     kernels = parser.add_argument_group("kernels: 1 runs Liger's, 0 Hugging Face's own code")
     for f in dataclasses.fields(Strategy):
-        _add_option(kernels, f, getattr(defaults.strategy, f.name))
+        _add_option(kernels, f, getattr(defaults.strategy, f.name), defaults.original_flags.get(f.name))
     return parser
 
 
-def to_config(namespace: argparse.Namespace) -> RunConfig:
-    """The parsed command line as a `RunConfig`. Raises `UsageError` on values no experiment can have."""
-    return RunConfig.from_dict(vars(namespace))
+def to_config(namespace: argparse.Namespace, config_type: type[RunConfig] = RunConfig) -> RunConfig:
+    """The parsed command line as a configuration. Raises `UsageError` on values no experiment can have."""
+    return config_type.from_dict(vars(namespace))

@@ -251,7 +251,7 @@ def fill_record(record: dict[str, Any], prediction: Prediction) -> None:
 def main(config: RunConfig, build: Build) -> int:
     """Predict the experiment, record and print it; returns the exit status, 3 if it does not fit the card asked for."""
     limit = limit_bytes(config)
-    record = records.new_record("all_gpu", "predicted", config, torch.device("cpu"))
+    record = records.new_record("predicted", config, torch.device("cpu"))
     record["simulated_gpu"] = H100.name
     with records.recording(record, config):
         prediction = predict(config, build, record_frames=bool(config.snapshot_dir))

@@ -97,7 +97,7 @@ def main(config: RunConfig, build: Build, measure: Callable[[RunConfig], int]) -
     on_gpu = torch.cuda.is_available() and not config.dry_run
     card = this_card() if on_gpu else H100
     limit = limit_bytes(config) or card.memory_bytes - card.context_bytes
-    record = records.new_record("all_gpu", "predicted", config, torch.device("cpu"))
+    record = records.new_record("predicted", config, torch.device("cpu"))
     with records.recording(record, config):
         size, prediction = predicted_frontier(config, build, card, limit)
         frontier: dict[str, Any] = {"searched": config.find_max, "limit_bytes": limit, "predicted": size}

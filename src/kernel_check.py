@@ -119,7 +119,7 @@ def main(config: RunConfig, build: Build, full_size: RunConfig) -> int:
         raise UsageError(f"{config.model_name} needs a GPU: Triton's interpreter is too slow for it; use tiny-llama")
     interpreter.enable()
     print("No GPU in use: checking the Liger kernels against Hugging Face's code on the CPU, in Triton's interpreter.")
-    record = records.new_record("all_gpu", "interpreted", config, torch.device("cpu"))
+    record = records.new_record("interpreted", config, torch.device("cpu"))
     with records.recording(record, config):
         strategies = _strategies(config.strategy)
         variants = [train(dataclasses.replace(config, strategy=strategy), build) for strategy in strategies]

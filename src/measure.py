@@ -26,22 +26,22 @@ def no_mark(phase: str) -> None:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One entry per timed step; memory in bytes."""
+    """One entry per timed step; memory in bytes, None where the device has no counter."""
 
     step_seconds: list[float]
     losses: list[float]
-    peak_allocated_bytes: list[int]
+    peak_allocated_bytes: list[int | None]
     peak_reserved_bytes: list[int | None]
     device_used_bytes: int | None
 
     @property
-    def peak_memory_bytes(self) -> int:
+    def peak_memory_bytes(self) -> int | None:
         """Largest peak of any timed step."""
-        return max(self.peak_allocated_bytes)
+        return None if None in self.peak_allocated_bytes else max(self.peak_allocated_bytes)
 
     @property
     def reserved_bytes(self) -> int | None:
-        """Largest reservation of any timed step, None where the device has no such counter."""
+        """Largest reservation of any timed step."""
         return None if None in self.peak_reserved_bytes else max(self.peak_reserved_bytes)
 
 
@@ -73,24 +73,26 @@ def measure(step: Step, runtime: Runtime, *, warmup: int, iterations: int, descr
 class PhasePeaks:
     """What one extra, untimed step showed."""
 
-    peak_bytes: dict[str, int]  # phase -> peak allocated while in it
+    peak_bytes: dict[str, int | None]  # phase -> peak allocated while in it
     grad_norm: float | None
 
     @property
-    def phase(self) -> str:
+    def phase(self) -> str | None:
         """The phase that sets the step's peak; the earliest if several do."""
-        return max(self.peak_bytes, key=self.peak_bytes.__getitem__)
+        return None if None in self.peak_bytes.values() else max(self.peak_bytes, key=self.peak_bytes.__getitem__)
 
 
 def measure_phases(step: Step, runtime: Runtime, grad_norm: Callable[[], float | None]) -> PhasePeaks:
     """Run one step; read the peak of each phase and, when the gradients are complete, their norm."""
-    peaks: dict[str, int] = {}
+    peaks: dict[str, int | None] = {}
     phases: list[str] = []
     norms: list[float | None] = []
 
     def close_phase() -> None:
         if phases:
-            peaks[phases[-1]] = runtime.peak_bytes()[0]
+            # With several micro-batches a phase comes back.
+            readings = (peaks.get(phases[-1]), runtime.peak_bytes()[0])
+            peaks[phases[-1]] = max((r for r in readings if r is not None), default=None)
 
     def mark(phase: str) -> None:
         close_phase()

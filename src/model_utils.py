@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llama import modeling_llama
 
 from src.config import RunConfig, Strategy, UsageError
@@ -206,13 +207,28 @@ def build_model(config: RunConfig, device: torch.device) -> LlamaForCausalLM:
     kwargs = {"dtype": TORCH_DTYPES[config.dtype], "attn_implementation": config.attention}
     if config.pretrained:
         load = AutoModelForCausalLM.from_pretrained
-        model = _from_hub(load, config.model_name, config=model_config, device_map={"": device}, **kwargs)
+        # ZeRO-3 places weights itself.
+        placement = {} if is_deepspeed_zero3_enabled() else {"device_map": {"": device}}
+        model = _from_hub(load, config.model_name, config=model_config, **placement, **kwargs)
     else:
         with device:
             model = AutoModelForCausalLM.from_config(model_config, **kwargs)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, also of one that ZeRO-3 has partitioned."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def parameter_counts(shape: LlamaConfig) -> tuple[int, int]:
+    """Parameters of one decoder layer, and of all the rest: embedding, LM head if it is not tied, last norm."""
+    attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_attention_heads + shape.num_key_value_heads)
+    layer = attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    return layer, embeddings + shape.hidden_size
 
 
 def flops_per_step(model: LlamaForCausalLM, config: RunConfig) -> int:
@@ -224,9 +240,9 @@ def flops_per_step(model: LlamaForCausalLM, config: RunConfig) -> int:
     Method: PaLM (Chowdhery et al. 2022), appendix B, with the causal half of attention left out.
     """
     shape = model.config
-    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    weights = sum(full_shape(p).numel() for p in model.parameters() if len(full_shape(p)) == 2)
     if not shape.tie_word_embeddings:
-        weights -= model.get_input_embeddings().weight.numel()
+        weights -= full_shape(model.get_input_embeddings().weight).numel()
     tokens = config.tokens_per_step
     attention_width = shape.num_attention_heads * shape.head_dim
     attention = 6 * shape.num_hidden_layers * attention_width * config.seq_length * tokens

@@ -1,8 +1,11 @@
-"""The optimizer of the single-GPU experiment."""
+"""The optimizers of both experiments, and the learning-rate schedule of the offloaded one."""
+
+from typing import Any
 
 import torch
+from transformers import get_scheduler
 
-from src.config import OPTIMIZERS, RunConfig, UsageError
+from src.config import OPTIMIZERS, OffloadConfig, RunConfig, UsageError
 
 
 def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Optimizer:
@@ -20,3 +23,29 @@ def build_loss_scaler(config: RunConfig, device: torch.device) -> torch.amp.Grad
     if scaled and not OPTIMIZERS[config.optimizer][1].get("fused"):
         raise UsageError(f"--dtype fp16 needs an optimizer that unscales gradients itself, not {config.optimizer}")
     return torch.amp.GradScaler(device.type, enabled=scaled)
+
+
+def build_offload_optimizer(model: torch.nn.Module, config: OffloadConfig) -> torch.optim.Optimizer:
+    """AdamW on the CPU, DeepSpeed's or ours; compiles it at first use."""
+    settings: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.beta_0, config.beta_1),
+        "weight_decay": config.weight_decay,
+    }
+    if config.optimizer == "deepspeed_cpu_adam":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(model.parameters(), **settings, fp32_optimizer_states=config.optimizer_states == "fp32")
+    from src.overlapped_adam import FusedCpuAdam
+
+    return FusedCpuAdam(
+        model.parameters(), **settings, states=config.optimizer_states, threads=config.cpu_threads, seed=config.seed
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: OffloadConfig) -> torch.optim.lr_scheduler.LRScheduler:
+    """The learning rate over the run: warm-up, timed and diagnostic steps, counted as optimizer steps."""
+    steps = config.warmup + config.iterations + 1
+    return get_scheduler(
+        config.lr_scheduler_type, optimizer, num_warmup_steps=config.num_warmup_steps, num_training_steps=steps
+    )

@@ -10,7 +10,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from src.config import RunConfig, Strategy
+from src.config import RunConfig, Strategy, config_of
 from src.measure import Mark, Measurement, Step
 from src.utils import GIB, MIB, write_atomically
 
@@ -33,11 +33,12 @@ def write_tensorboard(folder: Path, record: dict[str, Any], measurement: Measure
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
-    config = RunConfig.from_dict(record["config"])
+    config = config_of(record)
     with SummaryWriter(str(folder)) as writer:
         for i, loss in enumerate(measurement.losses):
             writer.add_scalar("step/loss", loss, i)
-            writer.add_scalar("step/peak_allocated_MiB", measurement.peak_allocated_bytes[i] / MIB, i)
+            if measurement.peak_allocated_bytes[i] is not None:
+                writer.add_scalar("step/peak_allocated_MiB", measurement.peak_allocated_bytes[i] / MIB, i)
             if record["mode"] == "measured":
                 writer.add_scalar("step/peak_reserved_MiB", measurement.peak_reserved_bytes[i] / MIB, i)
                 writer.add_scalar("step/seconds", measurement.step_seconds[i], i)
@@ -70,8 +71,11 @@ def _markdown_table(values: dict[str, Any]) -> str:
     return "\n".join(["| field | value |", "| --- | --- |", *rows])
 
 
-def trace_step(step: Step, path: Path) -> None:
-    """Profile one step, with its phases named, and write the Chrome trace to `path` (open it in ui.perfetto.dev)."""
+def trace_step(step: Step, path: Path, *, keeps: bool = True) -> None:
+    """Profile one step, with its phases named, and write the Chrome trace to `path` (open it in ui.perfetto.dev).
+
+    Where several ranks take part in the step, only one `keeps` its trace.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -79,7 +83,8 @@ def trace_step(step: Step, path: Path) -> None:
         step(mark)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-    write_atomically(path, lambda temporary: profiler.export_chrome_trace(str(temporary)))
+    if keeps:
+        write_atomically(path, lambda temporary: profiler.export_chrome_trace(str(temporary)))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 
 from src import runtime
 from src.allocator import SimulatedOutOfMemory
-from src.config import RunConfig, UsageError
+from src.config import RunConfig, UsageError, config_of
 from src.measure import Measurement, PhasePeaks
 from src.utils import (
     ExitStatus,
@@ -49,7 +49,9 @@ EMPTY: dict[str, Any] = {
     "throughput_tokens_per_s": None,
     "model_flops_per_step": None,
     "mfu": None,
-    "mfu_peak_flops": None,  # the peak that mfu is relative to
+    "mfu_peak_flops": None,  # the peak that mfu is relative to, of all GPUs
+    "floor_s": None,  # under offloading: no step can be faster on this machine, see src/floor.py
+    "floor": None,  # what the floor is made of
     "losses": None,
     "loss": None,  # of the last timed step
     "grad_norm": None,
@@ -63,11 +65,11 @@ EMPTY: dict[str, Any] = {
 }
 
 
-def new_record(script: str, mode: str, config: RunConfig, device: torch.device) -> dict[str, Any]:
+def new_record(mode: str, config: RunConfig, device: torch.device) -> dict[str, Any]:
     """A record of nothing yet."""
     return EMPTY | {
         "run_name": config.run_name,
-        "script": script,
+        "script": config.script,
         "mode": mode,
         "config": config.to_dict(),
         "environment": runtime.environment(device),
@@ -89,9 +91,10 @@ def add_measurement(record: dict[str, Any], measurement: Measurement) -> None:
 
 
 def _add_speed(record: dict[str, Any], step_seconds: list[float]) -> None:
-    config = RunConfig.from_dict(record["config"])
+    config = config_of(record)
     latency, iqr = median_and_iqr(step_seconds)
     peak = runtime.peak_flops(record["environment"]["gpu"], config.dtype)
+    peak = None if peak is None else peak * record["config"].get("world_size", 1)
     record |= {
         "step_seconds": step_seconds,
         "latency_s": latency,
@@ -104,7 +107,8 @@ def _add_speed(record: dict[str, Any], step_seconds: list[float]) -> None:
 
 def add_phases(record: dict[str, Any], phases: PhasePeaks) -> None:
     """Fill in what the extra step showed."""
-    in_load = record["load_peak_bytes"] is not None and record["load_peak_bytes"] > record["peak_memory_bytes"]
+    load, peak = record["load_peak_bytes"], record["peak_memory_bytes"]
+    in_load = load is not None and peak is not None and load > peak
     record |= {
         "grad_norm": phases.grad_norm,
         "peak_phase": "load" if in_load else phases.phase,
@@ -113,13 +117,15 @@ def add_phases(record: dict[str, Any], phases: PhasePeaks) -> None:
 
 
 @contextlib.contextmanager
-def recording(record: dict[str, Any], config: RunConfig) -> Iterator[None]:
+def recording(record: dict[str, Any], config: RunConfig, *, keeps: bool = True) -> Iterator[None]:
     """Save `record` whichever way the block ends; running out of GPU memory ends the block, not the program.
 
     Any other exception is recorded as an error and goes on. Raises `UsageError` at once, with nothing recorded, if a
-    folder the run writes to cannot be written.
+    folder the run writes to cannot be written. Of several ranks one `keeps` its record; any may have to tell of a
+    failure, because the launcher ends the others.
     """
-    _check_folders(config)
+    if keeps:
+        _check_folders(config)
     watch = OutOfMemoryWatch()
     if record["mode"] == "measured" and torch.cuda.is_available():
         watch.attach()
@@ -136,7 +142,7 @@ def recording(record: dict[str, Any], config: RunConfig) -> Iterator[None]:
         record |= {"status": "error", "error": _error(error)}
         raise
     finally:
-        if record["status"] is not None:
+        if record["status"] is not None and (keeps or record["status"] != "ok"):
             _save_or_print(record, config.record_file)
 
 
@@ -225,9 +231,9 @@ def report(record: dict[str, Any], config: RunConfig) -> str:
     """What a run prints: what ran, and its figures."""
     kernels = ", ".join(config.strategy.kernels) or "none"
     simulated = record["simulated_gpu"]
-    where = f"predicted for {simulated}" if simulated else f"on {record['environment']['gpu']}"
+    where = f"predicted for {simulated}" if simulated else f"on {record['environment']['gpu'] or 'the CPU'}"
     lines = [
-        f"{config.model_name}, batch {config.batch_size} x {config.seq_length} tokens, {config.dtype}, {where}",
+        f"{config.model_name}, {config.description}, {where}",
         f"Liger kernels: {kernels}; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
         "",
         summary(record),
@@ -246,7 +252,7 @@ def files_written(config: RunConfig) -> str:
 def summary(record: dict[str, Any]) -> str:
     """The record's figures as aligned text."""
     parts = []
-    if record["peak_memory_bytes"] is not None:
+    if record["peak_memory_bytes"] is not None or record["losses"] is not None:
         parts.append(_figures(record))
     if record["peak_breakdown"] is not None:
         parts.append("At the peak:\n" + breakdown_table(record["peak_breakdown"]))
@@ -258,9 +264,10 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def _figures(record: dict[str, Any]) -> str:
-    rows = [
-        ("Peak memory allocated", format_bytes(record["peak_memory_bytes"]), f"in the {record['peak_phase']} phase")
-    ]
+    rows = []
+    if record["peak_memory_bytes"] is not None:
+        note = f"in the {record['peak_phase']} phase" + (", fullest GPU" if _processes(record) > 1 else "")
+        rows.append(("Peak memory allocated", format_bytes(record["peak_memory_bytes"]), note))
     if record["peak_reserved_bytes"] is not None:
         rows.append(("Peak memory reserved", format_bytes(record["peak_reserved_bytes"]), "by PyTorch's allocator"))
     if record["latency_s"] is not None:
@@ -294,9 +301,16 @@ def _speed_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("Latency", f"{record['latency_s'] * 1e3:,.2f} ms", f"median of {steps} steps{spread}"),
         ("Throughput", f"{record['throughput_tokens_per_s']:,.0f} tokens/s", ""),
     ]
+    if record["floor_s"] is not None:
+        ratio = f"the step takes {record['latency_s'] / record['floor_s']:.2f} times as long"
+        rows.append(("Floor", f"{record['floor_s'] * 1e3:,.2f} ms", ratio))
     if peak is None:
         return [*rows, ("MFU", "n/a", "no data-sheet peak known for this GPU")]
     return [*rows, ("MFU", f"{record['mfu']:.1%}", f"of {peak / 1e12:,.0f} TFLOP/s (data sheet, dense)")]
+
+
+def _processes(record: dict[str, Any]) -> int:
+    return record["config"].get("world_size", 1)
 
 
 def _oom_summary(error: dict[str, Any]) -> str:

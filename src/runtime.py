@@ -28,7 +28,7 @@ class Runtime(Protocol):
     def synchronize(self) -> None: ...
     def release_cache(self) -> None: ...
     def reset_peak(self) -> None: ...
-    def peak_bytes(self) -> tuple[int, int | None]: ...
+    def peak_bytes(self) -> tuple[int | None, int | None]: ...
     def device_used_bytes(self) -> int | None: ...
 
 
@@ -99,6 +99,31 @@ class CpuRuntime:
     def peak_bytes(self) -> tuple[int, int | None]:
         """Peak of live tensors since the last reset; nothing is reserved on a CPU."""
         return self._memory.peak_bytes, None
+
+    def device_used_bytes(self) -> int | None:
+        return None
+
+
+class HostRuntime:
+    """The CPU in place of a GPU under offloading: everything is host memory there, so no peak stands for a GPU's."""
+
+    device = torch.device("cpu")
+
+    def tracking(self) -> contextlib.AbstractContextManager:
+        """Nothing is counted."""
+        return contextlib.nullcontext()
+
+    def synchronize(self) -> None:
+        pass
+
+    def release_cache(self) -> None:
+        gc.collect()
+
+    def reset_peak(self) -> None:
+        pass
+
+    def peak_bytes(self) -> tuple[int | None, int | None]:
+        return None, None
 
     def device_used_bytes(self) -> int | None:
         return None

@@ -15,8 +15,11 @@ from src.utils import write_atomically
 MAX_ENTRIES = 100_000
 
 
-def record_snapshot(step: Callable[[], object], path: Path) -> None:
-    """Run one step with the CUDA allocator's history on, with Python stacks, and save its snapshot to `path`."""
+def record_snapshot(step: Callable[[], object], path: Path, *, keeps: bool = True) -> None:
+    """Run one step with the CUDA allocator's history on, with Python stacks, and save its snapshot to `path`.
+
+    Where several ranks take part in the step, only one `keeps` its snapshot.
+    """
     torch.cuda.memory._record_memory_history(max_entries=MAX_ENTRIES, stacks="python")
     try:
         step()
@@ -24,7 +27,8 @@ def record_snapshot(step: Callable[[], object], path: Path) -> None:
         snapshot = torch.cuda.memory._snapshot()
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
-    write_atomically(path, lambda temporary: temporary.write_bytes(pickle.dumps(snapshot)))
+    if keeps:
+        write_atomically(path, lambda temporary: temporary.write_bytes(pickle.dumps(snapshot)))
 
 
 def save_simulated(gpu: FakeGpu, first_event: int, path: Path) -> None:

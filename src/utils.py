@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from src.config import OffloadConfig
+
 MIB = 2**20
 GIB = 2**30
 
@@ -31,9 +33,14 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def is_rank0() -> bool:
+    """Whether this process speaks and writes for the whole job."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def print_rank0(*args: object, sep: str = " ") -> None:
     """Print once per job, not once per process."""
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_rank0():
         print(*args, sep=sep, flush=True)
 
 
@@ -41,6 +48,15 @@ def random_batch(vocab_size: int, batch_size: int, seq_length: int, device: torc
     """A batch of random tokens that are their own labels, int64 of shape (batch_size, seq_length), without padding."""
     input_ids = torch.randint(vocab_size, (batch_size, seq_length), device=device)
     return {"input_ids": input_ids, "labels": input_ids}
+
+
+def micro_batches(vocab_size: int, config: OffloadConfig, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """This rank's micro-batches of one global random batch, the same for any number of ranks and micro-batches."""
+    # A generator of its own: what building the model draws from the global one differs from rank to rank.
+    generator = torch.Generator().manual_seed(config.seed)
+    whole = torch.randint(vocab_size, (config.global_batch_size, config.seq_length), generator=generator)
+    mine = whole.chunk(config.world_size)[int(os.environ.get("RANK", "0"))].to(device)
+    return [{"input_ids": ids, "labels": ids} for ids in mine.chunk(config.gradient_accumulation_steps)]
 
 
 def median_and_iqr(values: Sequence[float]) -> tuple[float, float | None]:

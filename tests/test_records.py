@@ -21,7 +21,7 @@ def config(tmp_path):
 
 
 def new_record(config, **fields):
-    return records.new_record("all_gpu", "measured", config, torch.device("cpu")) | fields
+    return records.new_record("measured", config, torch.device("cpu")) | fields
 
 
 def measured_record(config, losses=(3.0, 2.5), seconds=(0.25, 0.75)):

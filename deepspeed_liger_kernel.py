@@ -1,0 +1,116 @@
+"""What do the Liger kernels save when everything else is already offloaded?
+
+    bash run_ds.sh                       # the original's settings; NUM_GPUS=2, BATCH... are variables: see the script
+    bash run_ds.sh --preset fast         # the same GPU memory, several times faster
+    deepspeed --num_gpus 1 deepspeed_liger_kernel.py --enable_liger_flce 0 --per_device_train_batch_size 8
+
+Llama under DeepSpeed's ZeRO-3 with weights, gradients and optimizer states in CPU memory, Adam on the CPU and gradient
+checkpointing: what remains on the GPU is activations, and the kernels' effect on them shows. Measures, records and
+logs as all_gpu_liger_kernel.py does. Without a GPU it runs the same engine on DeepSpeed's CPU accelerator with a tiny
+Llama, the kernels in Triton's interpreter.
+
+Caveats: host memory must hold 8 (fast) to 20 (seed) bytes a parameter. With `overlapped_cpu_adam` the update of a step
+runs behind the next step's forward pass, so it counts in the next step's time; every timed step has exactly one.
+"""
+
+import dataclasses
+import sys
+
+import torch
+
+from src import floor, interpreter, records
+from src.cli import parse_config, run
+from src.config import OffloadConfig
+from src.ds_utils import (
+    OffloadExperiment,
+    build_engine,
+    init_distributed,
+    max_over_ranks,
+    over_ranks,
+    phases_over_ranks,
+    sum_over_ranks,
+    world_size,
+)
+from src.measure import Mark, measure, measure_phases, no_mark
+from src.model_utils import flops_per_step, implementations
+from src.profiler import trace_step, write_tensorboard
+from src.runtime import CudaRuntime, HostRuntime, Runtime, host_peak_bytes
+from src.snapshot import record_snapshot
+from src.utils import is_rank0, micro_batches, print_rank0, set_seed
+
+DEFAULTS = OffloadConfig()
+
+# Without a GPU: what Triton's interpreter can run in a minute or two.
+CPU_DEFAULTS = {
+    "model_name": "tiny-llama",
+    "batch_size": 2,
+    "seq_length": 64,
+    "iterations": 2,
+    "warmup": 1,
+    "dtype": "fp32",
+    "optimizer_states": "fp32",
+}
+
+
+def build_experiment(config: OffloadConfig, runtime: Runtime) -> OffloadExperiment:
+    """DeepSpeed's engine, fixed micro-batches, and the step that trains on them."""
+    set_seed(config.seed)
+    engine = build_engine(config, runtime.device)
+    batches = micro_batches(engine.module.config.vocab_size, config, runtime.device)
+
+    def step(mark: Mark = no_mark) -> torch.Tensor:
+        losses = []
+        for batch in batches:
+            mark("forward")
+            loss = engine(**batch).loss
+            losses.append(loss.detach())
+            mark("backward")
+            engine.backward(loss)
+            if batch is batches[-1]:
+                mark("optimizer")
+            engine.step()
+        return torch.stack(losses).mean()
+
+    return OffloadExperiment(engine, step)
+
+
+def main(config: OffloadConfig) -> int:
+    """Run the experiment `config` describes; returns the exit status."""
+    config = dataclasses.replace(config, world_size=world_size())
+    on_gpu = config.device == "cuda"
+    device = init_distributed(config.device)
+    if not on_gpu:
+        interpreter.enable()
+        print_rank0("No GPU in use: DeepSpeed's CPU accelerator, the Liger kernels in Triton's interpreter.")
+    runtime = CudaRuntime(config) if on_gpu else HostRuntime()
+    record = records.new_record("measured" if on_gpu else "interpreted", config, device)
+    with records.recording(record, config, keeps=is_rank0()):
+        runtime.reset_peak()
+        experiment = build_experiment(config, runtime)
+        record |= {
+            "implementations": implementations(experiment.engine.module),
+            "model_flops_per_step": flops_per_step(experiment.engine.module, config),
+            "load_peak_bytes": max_over_ranks(runtime.peak_bytes()[0]),
+        }
+        measurement = over_ranks(measure(experiment.step, runtime, warmup=config.warmup, iterations=config.iterations))
+        records.add_measurement(record, measurement)
+        phases = measure_phases(experiment.step, runtime, lambda: None)
+        records.add_phases(record, phases_over_ranks(phases, experiment.grad_norm()))
+        record["host_peak_bytes"] = sum_over_ranks(host_peak_bytes())
+        if on_gpu:
+            experiment.finish_updates()
+            record |= floor.of_run(experiment.engine.module, config, runtime)
+    print_rank0(records.report(record, config))
+    # The record is safe by now, whatever becomes of the diagnostic steps, in which every rank takes part.
+    if record["status"] == "ok" and config.snapshot_dir and on_gpu:
+        record_snapshot(experiment.step, config.snapshot_file, keeps=is_rank0())
+    if record["status"] == "ok" and config.log_dir:
+        if is_rank0():
+            write_tensorboard(config.log_folder, record, measurement)
+        trace_step(experiment.step, config.trace_file, keeps=is_rank0())
+    print_rank0("\n" + records.files_written(config))
+    return records.exit_status(record)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, parse_config(__doc__, DEFAULTS, cpu_defaults=CPU_DEFAULTS)))

@@ -1,0 +1,285 @@
+"""DeepSpeed: its configuration (a pure function of `OffloadConfig`), the engine, and what several ranks measured.
+
+DeepSpeed chooses its accelerator when it is imported, so nothing here imports it at the top.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import LlamaConfig
+from transformers.integrations import HfDeepSpeedConfig
+
+from src.config import OffloadConfig, UsageError
+from src.measure import Measurement, PhasePeaks, Step
+from src.model_utils import TORCH_DTYPES, build_model, load_model_config, parameter_counts
+from src.optimizer_utils import build_offload_optimizer, build_scheduler
+from src.utils import GIB, print_rank0
+
+
+def zero3_config(config: OffloadConfig, model_config: LlamaConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration of the experiment; sizes are in elements."""
+    layer, rest = parameter_counts(model_config)
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": config.optimizer == "deepspeed_cpu_adam",  # ours needs no bucket to copy into
+        "offload_param": {"device": "cpu", "pin_memory": True},
+        "offload_optimizer": {"device": "cpu", "pin_memory": True},
+        "reduce_bucket_size": layer if config.reduce_bucket_size is None else int(config.reduce_bucket_size),
+        "sub_group_size": _sub_group_size(config, layer),
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 0,
+        "stage3_prefetch_bucket_size": 0,
+    }
+    if config.prefetch_layers:
+        zero["stage3_prefetch_bucket_size"] = layer * config.prefetch_layers
+        zero["stage3_max_live_parameters"] = rest + layer * (config.prefetch_layers + 2)
+        # Nothing stays on the GPU between its uses; DeepSpeed's default would keep a model of this size whole.
+        zero["stage3_max_reuse_distance"] = 0
+    if config.fetch_layers:
+        zero["leaf_module"] = {"classes": ["LlamaDecoderLayer"]}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_clipping": config.gradient_clipping,
+        "prescale_gradients": False,
+        "steps_per_print": config.step_per_print,
+        "wall_clock_breakdown": False,
+        "zero_optimization": zero,
+        **_precision(config),
+    }
+    if config.optimizer == "overlapped_cpu_adam":
+        settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    return _merged(settings, config.ds_overrides)
+
+
+def _sub_group_size(config: OffloadConfig, layer: int) -> int:
+    """Elements of this rank's partition that are updated at a time."""
+    return -(-layer // config.world_size) if config.sub_group_size is None else int(config.sub_group_size)
+
+
+def _precision(config: OffloadConfig) -> dict[str, Any]:
+    if config.dtype == "fp16":
+        loss_scale = {
+            "loss_scale_window": config.fp16_loss_scale_window,
+            "initial_scale_power": config.fp16_initial_scale_power,
+            "hysteresis": config.fp16_hysteresis,
+        }
+        return {"fp16": {"enabled": True, **loss_scale}}
+    if config.dtype == "bf16":
+        in_bf16 = config.optimizer == "deepspeed_cpu_adam" and config.optimizer_states == "bf16"
+        return {"bf16": {"enabled": True, "bf16_master_weights_and_grads": in_bf16, "bf16_optimizer_states": in_bf16}}
+    return {}
+
+
+def _merged(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with `overrides` put over it, level by level; None removes a key (RFC 7396)."""
+    merged = dict(settings)
+    for key, value in overrides.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            merged[key] = _merged(merged.get(key) or {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+# What a process takes besides tensors: PyTorch, CUDA's libraries, compiled kernels. Found with the next function's rules
+# from the measured peaks under doc/data/.
+_PROCESS_BYTES = 4 * GIB
+
+
+def host_bytes_needed(config: OffloadConfig, model_config: LlamaConfig) -> int:
+    """Host memory that the whole job takes, within a few per cent of the records under doc/data/."""
+    layer, rest = parameter_counts(model_config)
+    layers = layer * model_config.num_hidden_layers
+    count, width = layers + rest, TORCH_DTYPES[config.dtype].itemsize
+    state_width = 4 if config.optimizer_states == "fp32" else 2
+    shares_weights = config.optimizer == "overlapped_cpu_adam" and state_width == width
+    states = (2 if shares_weights else 3) * state_width * count  # moments and master weights
+    # Pinned memory is taken in powers of two, and PyTorch keeps what the model was built in for later use.
+    pinned = 2 * _power_of_two(width * count) + width * count
+    if config.optimizer == "deepspeed_cpu_adam":  # copies the gradients into the master weights' dtype
+        pinned += _power_of_two(state_width * rest) + state_width * layers
+    return states + pinned + _PROCESS_BYTES * config.world_size
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def check_host_memory(config: OffloadConfig, model_config: LlamaConfig) -> None:
+    """Raises `UsageError` if this host has less free memory than its ranks will take."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    needed = host_bytes_needed(config, model_config) * min(local, config.world_size) // config.world_size
+    available = _available_host_bytes()
+    if needed > available:
+        raise UsageError(
+            f"{config.model_name} offloaded takes about {needed / GIB:.1f} GiB of host memory here, and "
+            f"{available / GIB:.1f} GiB are free: take --preset fast, --optimizer_states bf16 with it, a smaller model, "
+            "or more machines"
+        )
+
+
+def _available_host_bytes() -> int:
+    """What this process can still allocate: the machine's free memory, or less under a cgroup's limit."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    try:
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
+            available = min(available, int(limit.read()) - int(current.read()))
+    except (OSError, ValueError):  # no cgroup, or no limit
+        pass
+    return available
+
+
+@dataclass(frozen=True)
+class OffloadExperiment:
+    """A DeepSpeed engine and the step that trains it."""
+
+    engine: Any  # deepspeed.DeepSpeedEngine
+    step: Step
+
+    def finish_updates(self) -> None:
+        """Wait for updates that still run behind the last step."""
+        getattr(self.engine.optimizer, "finish_updates", lambda: None)()
+
+    def grad_norm(self) -> float | None:
+        """Norm of all gradients of the last step, before clipping; None if it overflowed."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+
+def world_size() -> int:
+    """Processes of this job, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def init_distributed(device: str) -> torch.device:
+    """Join the job that the launcher started, or make one of a single process; returns this rank's device."""
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, str(value))
+    os.environ.setdefault("MASTER_PORT", "29500" if world_size() > 1 else str(_free_port()))
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    _quieten()
+    import deepspeed
+
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError("--device cuda: PyTorch sees no CUDA GPU; --device cpu runs the engine without one")
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(f"{local_rank + 1} processes on this machine, but {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _quieten() -> None:
+    """Keep off the console what a user can do nothing about; other warnings pass."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    logger.addFilter(lambda record: "ZeRO with an untested optimizer" not in str(record.msg))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # PyTorch counts calls of an optimizer's step(), which ours does not have.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
+
+
+def build_engine(config: OffloadConfig, device: torch.device) -> Any:
+    """The DeepSpeed engine around the model, its weights partitioned and offloaded as they are made.
+
+    Raises `UsageError` if the host has too little memory or DeepSpeed refuses the configuration.
+    """
+    import deepspeed
+
+    model_config = load_model_config(config)
+    check_host_memory(config, model_config)
+    settings = zero3_config(config, model_config)
+    _announce_compilation(config)
+    # While this object lives, transformers builds and loads models partitioned.
+    partitioned = HfDeepSpeedConfig(settings)
+    model = build_model(config, device)
+    optimizer = build_offload_optimizer(model, config)
+    with _overlapped_zero3() if config.optimizer == "overlapped_cpu_adam" else nullcontext():
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=build_scheduler(optimizer, config), config=settings
+        )
+    del partitioned
+    return engine
+
+
+def _overlapped_zero3() -> Any:
+    from deepspeed.runtime.zero import stage3
+
+    from src.overlapped_adam import OverlappedZero3
+
+    return mock.patch.object(stage3, "DeepSpeedZeroOptimizer_Stage3", OverlappedZero3)
+
+
+def _announce_compilation(config: OffloadConfig) -> None:
+    from torch.utils.cpp_extension import get_default_build_root
+
+    name = {"deepspeed_cpu_adam": "cpu_adam", "overlapped_cpu_adam": "overlapped_adam"}[config.optimizer]
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    if not any(name in files_folder for files_folder, _, files in os.walk(root) if f"{name}.so" in files):
+        print_rank0(f"Compiling {config.optimizer} for this machine: once, up to a few minutes.")
+
+
+def _gathered(value: Any) -> list[Any]:
+    """`value` of every rank."""
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _combined(combine: Callable[[list[Any]], Any], columns: list[list[Any]]) -> list[Any]:
+    """`combine` over the ranks, entry by entry; None where a rank has none."""
+    return [None if None in entries else combine(list(entries)) for entries in zip(*columns)]
+
+
+def over_ranks(measurement: Measurement) -> Measurement:
+    """What the slowest and fullest ranks showed; losses are averaged."""
+    all_ranks = _gathered(measurement)
+    used = [m.device_used_bytes for m in all_ranks]
+    return Measurement(
+        step_seconds=_combined(max, [m.step_seconds for m in all_ranks]),
+        losses=_combined(lambda losses: sum(losses) / len(losses), [m.losses for m in all_ranks]),
+        peak_allocated_bytes=_combined(max, [m.peak_allocated_bytes for m in all_ranks]),
+        peak_reserved_bytes=_combined(max, [m.peak_reserved_bytes for m in all_ranks]),
+        device_used_bytes=None if None in used else max(used),
+    )
+
+
+def phases_over_ranks(phases: PhasePeaks, grad_norm: float | None) -> PhasePeaks:
+    """The fullest rank's peak of each phase."""
+    all_ranks = _gathered(phases.peak_bytes)
+    peaks = {name: _combined(max, [[p[name]] for p in all_ranks])[0] for name in all_ranks[0]}
+    return PhasePeaks(peaks, grad_norm)
+
+
+def sum_over_ranks(value: int) -> int:
+    """The sum of every rank's `value`."""
+    return sum(_gathered(value))
+
+
+def max_over_ranks(value: int | None) -> int | None:
+    """The largest of every rank's `value`, None if a rank has none."""
+    return _combined(max, [[v] for v in _gathered(value)])[0]

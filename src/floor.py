@@ -1,0 +1,116 @@
+"""How fast an offloaded step could be on this machine: a lower bound from rates measured on it.
+
+A step has to do three kinds of work, and these rules say what may overlap:
+
+- the GPU multiplies: 2 operations a weight and token forward, 4 backward, 2 more where a layer is recomputed, and the
+  products of attention;
+- weights and gradients cross PCIe: every weight in the forward pass, every layer's again in the backward pass, every
+  gradient back; multiplying and both directions overlap;
+- Adam reads and writes host memory. It needs the norm of all gradients, so it cannot start before the backward pass
+  ends; it can run behind the next forward pass.
+
+    floor = max(forward, Adam) + backward,     forward, backward = max(multiplying, crossing)
+
+Method: Ren et al. 2021 (ZeRO-Offload), section 3, with this machine's rates. Several ranks share PCIe and host memory
+as their partitions do; micro-batches after the first add a forward and a backward pass.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from src.config import OffloadConfig
+from src.ds_utils import max_over_ranks
+from src.model_utils import TORCH_DTYPES, flops_per_step, parameter_counts
+from src.runtime import Runtime
+from src.utils import GIB
+
+# Bytes that one update of a parameter has to read and write: 16-bit gradient read; master weights and two moments read
+# and written; a 16-bit copy of the weights written unless they are the master weights.
+UPDATE_BYTES = {"fp32": 2 + 3 * 8 + 2, "bf16": 2 + 3 * 4}
+
+
+def floor_seconds(
+    flops_forward: float, flops_backward: float, bytes_of: dict[str, float], rates: dict[str, float], micro: int
+) -> dict[str, float]:
+    """The parts of the floor and their sum, in seconds. `flops_*` and `bytes_of` are of one micro-batch and rank."""
+    to_gpu, to_host = rates["to_gpu_bytes_per_s"], rates["to_host_bytes_per_s"]
+    forward = max(flops_forward / rates["matmul_flops_per_s"], bytes_of["forward_to_gpu"] / to_gpu)
+    backward = max(
+        flops_backward / rates["matmul_flops_per_s"],
+        bytes_of["backward_to_gpu"] / to_gpu,
+        bytes_of["to_host"] / to_host,
+    )
+    adam = bytes_of["adam"] / rates["host_memory_bytes_per_s"]
+    total = max(forward, adam) + backward + (micro - 1) * (forward + backward)
+    return {"forward_s": forward, "backward_s": backward, "adam_s": adam, "floor_s": total}
+
+
+def work(model: torch.nn.Module, config: OffloadConfig) -> tuple[float, float, dict[str, float]]:
+    """Operations forward and backward, and bytes moved, of one micro-batch on one rank; Adam's bytes of all ranks."""
+    layer, rest = parameter_counts(model.config)
+    layers = layer * model.config.num_hidden_layers
+    passes = config.world_size * config.gradient_accumulation_steps
+    forward = flops_per_step(model, config) / 3 / passes
+    head = 2 * model.config.hidden_size * model.config.vocab_size * config.tokens_per_step / passes
+    recomputed = forward - head if config.gradient_checkpointing else 0
+    width = TORCH_DTYPES[config.dtype].itemsize / config.world_size
+    moved = {
+        "forward_to_gpu": width * (layers + rest),
+        "backward_to_gpu": width * layers,
+        "to_host": width * (layers + rest),
+        "adam": UPDATE_BYTES[config.optimizer_states] * (layers + rest),
+    }
+    return forward, 2 * forward + recomputed, moved
+
+
+def of_run(model: torch.nn.Module, config: OffloadConfig, runtime: Runtime) -> dict[str, Any]:
+    """`floor_s` and `floor` of a record; None if the GPU has no room left to measure its rates. All ranks call it."""
+    runtime.release_cache()
+    try:
+        rates = measure_rates(TORCH_DTYPES[config.dtype], runtime)
+    except torch.OutOfMemoryError:
+        rates = None
+    # The slowest rank's rates: all wait for it.
+    if max_over_ranks(None if rates is None else 0) is None:
+        return {}
+    rates = {name: 1 / max_over_ranks(1 / rate) for name, rate in rates.items()}
+    flops_forward, flops_backward, moved = work(model, config)
+    parts = floor_seconds(flops_forward, flops_backward, moved, rates, config.gradient_accumulation_steps)
+    floor_s = parts.pop("floor_s")
+    return {"floor_s": floor_s, "floor": parts | rates}
+
+
+def measure_rates(dtype: torch.dtype, runtime: Runtime) -> dict[str, float]:
+    """What this machine does at best: matrix products, copies over PCIe, and updating host memory in place."""
+    n, device = 8192, runtime.device
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    matmul_s = _best_seconds(lambda: torch.matmul(a, b), runtime)
+    del a, b
+    count = GIB // 4
+    # Ranks of one machine share its memory, so each measures while the others do.
+    on_host, pinned = torch.randn(count), torch.empty(count // 2, pin_memory=True)
+    on_gpu = torch.empty(count // 2, device=device)
+    moved = 4 * (count // 2)
+    local_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
+    return {
+        "matmul_flops_per_s": 2 * n**3 / matmul_s,
+        "to_gpu_bytes_per_s": moved / _best_seconds(lambda: on_gpu.copy_(pinned, non_blocking=True), runtime),
+        "to_host_bytes_per_s": moved / _best_seconds(lambda: pinned.copy_(on_gpu, non_blocking=True), runtime),
+        "host_memory_bytes_per_s": local_ranks * 8 * count / _best_seconds(lambda: on_host.mul_(0.999), runtime),
+    }
+
+
+def _best_seconds(work: Callable[[], object], runtime: Runtime, repeats: int = 7) -> float:
+    """The shortest of several runs: what the machine can do, not what it does on average."""
+    seconds = []
+    for _ in range(repeats):
+        runtime.synchronize()
+        start = time.perf_counter()
+        work()
+        runtime.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
