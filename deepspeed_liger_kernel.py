@@ -1,6 +1,6 @@
 """What do the Liger kernels save when everything else is already offloaded?
 
-    bash run_ds.sh                       # the original's settings; NUM_GPUS=2, BATCH... are variables: see the script
+    bash run_ds.sh                       # the original's settings; its variables are in the script
     bash run_ds.sh --preset fast         # the same GPU memory, several times faster
     deepspeed --num_gpus 1 deepspeed_liger_kernel.py --enable_liger_flce 0 --per_device_train_batch_size 8
 
@@ -9,8 +9,9 @@ checkpointing: what remains on the GPU is activations, and the kernels' effect o
 logs as all_gpu_liger_kernel.py does. Without a GPU it runs the same engine on DeepSpeed's CPU accelerator with a tiny
 Llama, the kernels in Triton's interpreter.
 
-Caveats: host memory must hold 8 (fast) to 20 (seed) bytes a parameter. With `overlapped_cpu_adam` the update of a step
-runs behind the next step's forward pass, so it counts in the next step's time; every timed step has exactly one.
+Caveats: host memory must hold weights, gradients and optimizer states, 16 (fast) to 20 (seed) bytes a parameter, and
+what pinning rounds up. With `overlapped_cpu_adam` (preset fast) the update of a step runs behind the next
+step's forward pass, so it counts in the next step's time; every timed step has exactly one.
 """
 
 import dataclasses

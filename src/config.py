@@ -244,9 +244,7 @@ class OffloadConfig(RunConfig):
         {"strategy", "world_size", "dry_run", "gpu_memory_gib", "find_max"}
     )
 
-    preset: str = _option(
-        "seed", "the original's DeepSpeed settings, or ours for speed", tag="", choices=tuple(PRESETS)
-    )
+    preset: str = _option("seed", "the original's settings, or ours for speed", tag="", choices=tuple(PRESETS))
     world_size: int = _option(1, "processes, one per GPU", tag="gpus")
     batch_size: int = _option(4, "sequences per GPU and micro-batch")
     gradient_accumulation_steps: int = _option(1, "micro-batches per step", tag="accum")

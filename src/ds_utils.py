@@ -92,8 +92,8 @@ def _merged(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
     return merged
 
 
-# What a process takes besides tensors: PyTorch, CUDA's libraries, compiled kernels. Found with the next function's rules
-# from the measured peaks under doc/data/.
+# What a process takes besides tensors: PyTorch, CUDA's libraries, compiled kernels. What is left of the measured peaks
+# under doc/data/ by the rules of the next function.
 _PROCESS_BYTES = 4 * GIB
 
 
@@ -124,8 +124,8 @@ def check_host_memory(config: OffloadConfig, model_config: LlamaConfig) -> None:
     if needed > available:
         raise UsageError(
             f"{config.model_name} offloaded takes about {needed / GIB:.1f} GiB of host memory here, and "
-            f"{available / GIB:.1f} GiB are free: take --preset fast, --optimizer_states bf16 with it, a smaller model, "
-            "or more machines"
+            f"{available / GIB:.1f} GiB are free: take --preset fast, --optimizer_states bf16 with it, a smaller "
+            "model, or more machines"
         )
 
 
