@@ -15,6 +15,7 @@ step's forward pass, so it counts in the next step's time; every timed step has 
 """
 
 import dataclasses
+import gc
 import sys
 
 import torch
@@ -88,6 +89,7 @@ def main(config: OffloadConfig) -> int:
     with records.recording(record, config, keeps=is_rank0()):
         runtime.reset_peak()
         experiment = build_experiment(config, runtime)
+        gc.freeze()  # the engine is a million objects; walking them again and again would interrupt the steps
         record |= {
             "implementations": implementations(experiment.engine.module),
             "model_flops_per_step": flops_per_step(experiment.engine.module, config),

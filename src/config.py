@@ -266,7 +266,7 @@ class OffloadConfig(RunConfig):
     sub_group_size: float | None = _option(0, "elements updated at a time; fast: a layer", tag="sub")
     fetch_layers: bool = _option(False, "fetch a whole decoder layer at a time, not each weight", tag="fetchlayers")
     prefetch_layers: int = _option(0, "decoder layers fetched ahead", tag="prefetch")
-    cpu_threads: int | None = _option(None, "threads of overlapped_cpu_adam (default: one per core)", tag="threads")
+    cpu_threads: int | None = _option(None, "threads of overlapped_cpu_adam; default: all cores but one", tag="threads")
     ds_override: str = _option("{}", "JSON merged into the DeepSpeed configuration; null removes", tag="ds")
     step_per_print: int = _option(10, "steps between DeepSpeed's own reports")
 
@@ -324,7 +324,7 @@ class OffloadConfig(RunConfig):
         size = "".join(f" x {count} {unit}" for count, unit in times if count > 1)
         states = f"{self.dtype} with {self.optimizer_states} optimizer states"
         return (
-            f"batch {self.batch_size} x {self.seq_length} tokens{size}, {states}, ZeRO-3 offload, {self.preset} preset"
+            f"batch {self.batch_size} x {self.seq_length} tokens{size}, {states}, ZeRO-3 offload, preset {self.preset}"
         )
 
     def _original_name(self) -> str:

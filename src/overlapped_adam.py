@@ -17,6 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch.utils.cpp_extension import load
 
@@ -31,6 +33,12 @@ def _kernel() -> ModuleType:
         [str(Path(__file__).with_suffix(".cpp"))],
         extra_cflags=["-O3", "-std=c++20", "-march=native", "-fopenmp", "-fno-math-errno"],
     )
+
+
+def _usual_threads() -> int:
+    """This rank's share of the cores, less one for the thread that launches GPU kernels."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))
+    return max(1, cores - 1)
 
 
 class FusedCpuAdam(torch.optim.Optimizer):
@@ -54,7 +62,7 @@ class FusedCpuAdam(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.state_dtype = STATE_DTYPES[states]
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or _usual_threads()
         self.seed = seed
         self.updates = 0
         _kernel()
@@ -193,7 +201,7 @@ class OverlappedZero3(DeepSpeedZeroOptimizer_Stage3):
                 gradient = gradient + partition.to(gradient.device, non_blocking=True)
             partition.copy_(gradient, non_blocking=True)
             if self.is_gradient_accumulation_boundary():
-                # The norm of a run stands for all its parameters: only the sum over a sub-group is ever read.
+                # The norm of a run stands for all its parameters: only the sum over all is read.
                 self.norm_for_param_grads[first_id] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
             if gradient.is_cuda:
                 gradient.record_stream(torch.cuda.current_stream())
@@ -205,6 +213,13 @@ class OverlappedZero3(DeepSpeedZeroOptimizer_Stage3):
         dtype = self.get_param_comm_dtype(param)
         if self.ipg_buckets[dtype].elements >= self.reduce_bucket_size:
             self._DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads(dtype)
+
+    def _get_norm_groups(self) -> list[torch.Tensor]:
+        """One norm for everything, read back once; DeepSpeed waits for one of each sub-group."""
+        none = torch.zeros((), device=get_accelerator().current_device_name())
+        total = torch.stack([none, *self.norm_for_param_grads.values()]).square().sum()
+        dist.all_reduce(total, group=self.dp_process_group)
+        return [total.sqrt().cpu()]
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: torch.Tensor) -> None:
         """Remember what gradients are to be multiplied by; the update does it."""
