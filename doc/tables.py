@@ -2,9 +2,11 @@
 
 python -m doc.tables measured doc/data > doc/measured.md
 python -m doc.tables predicted doc/data > doc/predicted_vs_measured.md
+python -m doc.tables offload doc/data > doc/offload.md
 """
 
 import argparse
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -16,20 +18,20 @@ from tqdm import tqdm
 import all_gpu_liger_kernel as single_gpu
 from src import records
 from src.allocator import SimulatedOutOfMemory
-from src.config import DTYPES, STRATEGIES, RunConfig, UsageError
+from src.config import DTYPES, PRESETS, STRATEGIES, OffloadConfig, RunConfig, UsageError, config_of
 from src.dry_run import predict
 from src.fake_gpu import H100
 from src.model_utils import SHAPES, TORCH_DTYPES
 from src.utils import GIB, error_line
 
 
-def load_all(folder: Path) -> list[dict[str, Any]]:
-    """Every measured single-GPU record below `folder`, ordered by model, dtype, checkpointing, tokens and kernels."""
+def load_all(folder: Path, script: str = "all_gpu") -> list[dict[str, Any]]:
+    """Every measured record of a script below `folder`, ordered by model, settings, tokens and kernels."""
     loaded = [records.load(path) for path in sorted(folder.rglob("*.json"))]
-    runs = [r for r in loaded if r["mode"] == "measured" and r["script"] == "all_gpu"]
+    runs = [r for r in loaded if r["mode"] == "measured" and r["script"] == script]
     if not runs:
-        raise UsageError(f"no measured single-GPU records below {folder}")
-    return sorted(runs, key=_order)
+        raise UsageError(f"no measured records of the {script} script below {folder}")
+    return sorted(runs, key={"all_gpu": _order, "deepspeed": _offload_order}[script])
 
 
 def _order(record: dict[str, Any]) -> tuple:
@@ -46,6 +48,21 @@ def _order(record: dict[str, Any]) -> tuple:
         config["seq_length"],
         config["batch_size"],
         len(RunConfig.from_dict(config).strategy.kernels),
+        record["run_name"],
+    )
+
+
+def _offload_order(record: dict[str, Any]) -> tuple:
+    config = config_of(record)
+    usual = all(getattr(config, name) == value for name, value in PRESETS[config.preset].items())
+    return (
+        config.model_name,
+        config.world_size,
+        not usual,
+        config.seq_length,
+        config.batch_size,
+        len(config.strategy.kernels),
+        list(PRESETS).index(config.preset),
         record["run_name"],
     )
 
@@ -74,9 +91,45 @@ def _cell(config: RunConfig) -> list[str]:
 
 def machines(runs: list[dict[str, Any]]) -> str:
     """A line for each machine and set of versions that the runs were measured with."""
-    names = ("gpu", "driver", "cuda", "torch", "triton", "transformers", "liger_kernel", "python")
-    found = {tuple(f"{name} {run['environment'][name]}" for name in names) for run in runs}
+    names = ["gpu", "driver", "cuda", "torch", "triton", "transformers", "liger_kernel", "python"]
+    if any(run["script"] == "deepspeed" for run in runs):
+        names += ["deepspeed", "cpu", "cpu_count"]
+    found = {tuple(f"{name} {run['environment'].get(name)}" for name in names) for run in runs}
     return "\n".join("Measured on: " + ", ".join(values) + "." for values in sorted(found))
+
+
+def offload_table(runs: list[dict[str, Any]]) -> str:
+    """Peak and speed of each offloaded run, what bounds it, and the host memory it took."""
+    rows = []
+    for record in runs:
+        config = config_of(record)
+        cell = [_offload_settings(config), strategy_name(config), f"{config.batch_size} x {config.seq_length}"]
+        if record["status"] == "oom":
+            rows.append([*cell, "OOM", "", "", "", "", ""])
+            continue
+        latency, iqr, floor = record["latency_s"] * 1e3, record["latency_iqr_s"] * 1e3, record["floor_s"] * 1e3
+        rows.append(
+            [
+                *cell,
+                f"{record['peak_memory_bytes'] / GIB:,.2f}",
+                f"{latency:,.0f} ± {iqr / 2:,.0f}",
+                f"{record['throughput_tokens_per_s']:,.0f}",
+                f"{floor:,.0f}",
+                f"{latency / floor:.1f}",
+                f"{record['host_peak_bytes'] / GIB:,.1f}",
+            ]
+        )
+    header = ["preset, and what differs from it", "kernels", "batch x seq", "peak GiB", "ms a step (median ± IQR/2)"]
+    return markdown([*header, "tokens/s", "floor ms", "times the floor", "host GiB"], rows)
+
+
+def _offload_settings(config: OffloadConfig) -> str:
+    """The preset and every setting that differs from it, except for those with a column."""
+    usual = OffloadConfig(preset=config.preset, **PRESETS[config.preset])
+    shown = {"batch_size", "seq_length", "strategy", "device", "result_dir", "snapshot_dir", "log_dir", "debug"}
+    names = [f.name for f in dataclasses.fields(config) if f.name not in shown]
+    differing = [name for name in names if getattr(config, name) != getattr(usual, name)]
+    return ", ".join([config.preset, *(f"{name} {getattr(config, name)}" for name in differing)])
 
 
 CELL_HEADER = ["kernels", "model", "settings", "checkpointing", "batch x seq"]
@@ -153,9 +206,11 @@ def _weights(model_name: str) -> int:
         return AutoModelForCausalLM.from_config(load_model_config(RunConfig(model_name=model_name))).num_parameters()
 
 
-TABLES: dict[str, tuple[str, Callable[[list[dict[str, Any]]], str]]] = {
-    "measured": ("Measured peak memory and speed, one GPU", measured_table),
-    "predicted": ("Predicted and measured peak memory, one GPU", predicted_table),
+# Name -> title, the script whose records it shows, and what makes it of them.
+TABLES: dict[str, tuple[str, str, Callable[[list[dict[str, Any]]], str]]] = {
+    "measured": ("Measured peak memory and speed, one GPU", "all_gpu", measured_table),
+    "predicted": ("Predicted and measured peak memory, one GPU", "all_gpu", predicted_table),
+    "offload": ("Measured peak memory and speed, ZeRO-3 offload", "deepspeed", offload_table),
 }
 
 
@@ -167,8 +222,8 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     try:
-        runs = load_all(arguments.folder)
-        title, table = TABLES[arguments.table]
+        title, script, table = TABLES[arguments.table]
+        runs = load_all(arguments.folder, script)
         command = f"python -m doc.tables {arguments.table} {arguments.folder}"
         print(f"# {title}\n\nMade by `{command}`.\n{machines(runs)}\n\n{table(runs)}")
     except UsageError as error:

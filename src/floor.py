@@ -91,7 +91,7 @@ def measure_rates(dtype: torch.dtype, runtime: Runtime) -> dict[str, float]:
     matmul_s = _best_seconds(lambda: matrix @ matrix, runtime)
     count = GIB // 4
     # Ranks of one machine share its memory, so each measures while the others do.
-    on_host, pinned = torch.randn(count), torch.empty(count // 2, pin_memory=True)
+    on_host, pinned = torch.ones(count), torch.ones(count // 2).pin_memory()
     on_gpu = torch.empty(count // 2, device=device)
     moved = 4 * (count // 2)
     local_ranks = int(os.environ.get("LOCAL_SIZE", "1"))

@@ -181,6 +181,17 @@ def _git_commit() -> str | None:
     return commit + ("-dirty" if _run("git", "-C", root, "status", "--porcelain", "--untracked-files=no") else "")
 
 
+def _cpu_name() -> str | None:
+    """The processor's model, as Linux names it."""
+    try:
+        names = [
+            line.split(":", 1)[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        ]
+    except OSError:
+        return None
+    return names[0].strip() if names else None
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -197,6 +208,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "gpu_memory_bytes": torch.cuda.get_device_properties(device).total_memory if on_gpu else None,
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "cuda": torch.version.cuda,
+        "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
