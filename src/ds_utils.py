@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ from src.config import OffloadConfig, UsageError
 from src.measure import Measurement, PhasePeaks, Step
 from src.model_utils import TORCH_DTYPES, build_model, load_model_config, parameter_counts
 from src.optimizer_utils import build_offload_optimizer, build_scheduler
-from src.utils import GIB, print_rank0
+from src.utils import GIB, local_ranks, print_rank0
 
 
 def zero3_config(config: OffloadConfig, model_config: LlamaConfig) -> dict[str, Any]:
@@ -86,7 +87,8 @@ def _merged(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
         if value is None:
             merged.pop(key, None)
         elif isinstance(value, dict):
-            merged[key] = _merged(merged.get(key) or {}, value)
+            below = merged.get(key)
+            merged[key] = _merged(below if isinstance(below, dict) else {}, value)
         else:
             merged[key] = value
     return merged
@@ -118,8 +120,7 @@ def _power_of_two(count: int) -> int:
 
 def check_host_memory(config: OffloadConfig, model_config: LlamaConfig) -> None:
     """Raises `UsageError` if this host has less free memory than its ranks will take."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    needed = host_bytes_needed(config, model_config) * min(local, config.world_size) // config.world_size
+    needed = host_bytes_needed(config, model_config) * min(local_ranks(), config.world_size) // config.world_size
     available = _available_host_bytes()
     if needed > available:
         raise UsageError(
@@ -135,11 +136,12 @@ def _available_host_bytes() -> int:
 
     available = psutil.virtual_memory().available
     try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            available = min(available, int(limit.read()) - int(current.read()))
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no cgroup, or no limit
-        pass
-    return available
+        return available
+    files = int(counts["inactive_file"]) + int(counts["active_file"])  # cached files give way
+    return min(available, limit - used + files)
 
 
 @dataclass(frozen=True)

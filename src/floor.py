@@ -2,8 +2,8 @@
 
 A step has to do three kinds of work, and these rules say what may overlap:
 
-- the GPU multiplies: 2 operations a weight and token forward, 4 backward, 2 more where a layer is recomputed, and the
-  products of attention;
+- the GPU multiplies: 2 operations a weight and token forward, 4 backward, 2 more where a layer is recomputed (all but
+  its last product, which nothing needs), and the products of attention;
 - weights and gradients cross PCIe: every weight in the forward pass, every layer's again in the backward pass, every
   gradient back; multiplying and both directions overlap;
 - Adam reads and writes host memory. It needs the norm of all gradients, so it cannot start before the backward pass
@@ -15,7 +15,6 @@ Method: Ren et al. 2021 (ZeRO-Offload), section 3, with this machine's rates. Se
 as their partitions do; micro-batches after the first add a forward and a backward pass.
 """
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +25,7 @@ from src.config import OffloadConfig
 from src.ds_utils import max_over_ranks
 from src.model_utils import TORCH_DTYPES, flops_per_step, parameter_counts
 from src.runtime import Runtime
-from src.utils import GIB
+from src.utils import GIB, local_ranks
 
 # Bytes that one update of a parameter has to read and write: 16-bit gradient read; master weights and two moments read
 # and written; a 16-bit copy of the weights written unless they are the master weights.
@@ -50,19 +49,21 @@ def floor_seconds(
 
 
 def work(model: torch.nn.Module, config: OffloadConfig) -> tuple[float, float, dict[str, float]]:
-    """Operations forward and backward, and bytes moved, of one micro-batch on one rank; Adam's bytes of all ranks."""
-    layer, rest = parameter_counts(model.config)
-    layers = layer * model.config.num_hidden_layers
+    """Operations and bytes of one micro-batch on one rank; Adam's bytes of all ranks of this machine."""
+    shape = model.config
+    layer, rest = parameter_counts(shape)
+    layers = layer * shape.num_hidden_layers
     passes = config.world_size * config.gradient_accumulation_steps
     forward = flops_per_step(model, config) / 3 / passes
-    head = 2 * model.config.hidden_size * model.config.vocab_size * config.tokens_per_step / passes
-    recomputed = forward - head if config.gradient_checkpointing else 0
+    not_again = shape.vocab_size + shape.num_hidden_layers * shape.intermediate_size  # LM head, each last projection
+    recomputed = forward - 2 * shape.hidden_size * not_again * config.tokens_per_step / passes
+    recomputed = recomputed if config.gradient_checkpointing else 0
     width = TORCH_DTYPES[config.dtype].itemsize / config.world_size
     moved = {
         "forward_to_gpu": width * (layers + rest),
         "backward_to_gpu": width * layers,
         "to_host": width * (layers + rest),
-        "adam": UPDATE_BYTES[config.optimizer_states] * (layers + rest),
+        "adam": UPDATE_BYTES[config.optimizer_states] * (layers + rest) * local_ranks() / config.world_size,
     }
     return forward, 2 * forward + recomputed, moved
 
@@ -94,12 +95,11 @@ def measure_rates(dtype: torch.dtype, runtime: Runtime) -> dict[str, float]:
     on_host, pinned = torch.ones(count), torch.ones(count // 2).pin_memory()
     on_gpu = torch.empty(count // 2, device=device)
     moved = 4 * (count // 2)
-    local_ranks = int(os.environ.get("LOCAL_SIZE", "1"))
     return {
         "matmul_flops_per_s": 2 * n**3 / matmul_s,
         "to_gpu_bytes_per_s": moved / _best_seconds(lambda: on_gpu.copy_(pinned, non_blocking=True), runtime),
         "to_host_bytes_per_s": moved / _best_seconds(lambda: pinned.copy_(on_gpu, non_blocking=True), runtime),
-        "host_memory_bytes_per_s": local_ranks * 8 * count / _best_seconds(lambda: on_host.mul_(0.999), runtime),
+        "host_memory_bytes_per_s": local_ranks() * 8 * count / _best_seconds(lambda: on_host.mul_(0.999), runtime),
     }
 
 

@@ -44,8 +44,16 @@ def build_offload_optimizer(model: torch.nn.Module, config: OffloadConfig) -> to
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: OffloadConfig) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over the run: warm-up, timed and diagnostic steps, counted as optimizer steps."""
+    """The learning rate over the run: warm-up, timed and diagnostic steps, counted as optimizer steps.
+
+    Raises `UsageError` for what the schedule cannot do.
+    """
     steps = config.warmup + config.iterations + 1
-    return get_scheduler(
-        config.lr_scheduler_type, optimizer, num_warmup_steps=config.num_warmup_steps, num_training_steps=steps
-    )
+    if config.lr_scheduler_type == "polynomial" and config.num_warmup_steps >= steps:
+        raise UsageError(f"--lr_scheduler_type polynomial needs --num_warmup_steps below the run's {steps} steps")
+    try:
+        return get_scheduler(
+            config.lr_scheduler_type, optimizer, num_warmup_steps=config.num_warmup_steps, num_training_steps=steps
+        )
+    except ValueError as error:
+        raise UsageError(f"--lr_scheduler_type {config.lr_scheduler_type}: {error}") from error

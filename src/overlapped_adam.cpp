@@ -40,7 +40,7 @@ inline uint32_t hashed(uint32_t x) {
 }
 
 struct Scalars {
-    float gradient_scale, lr, beta1, beta2, eps, weight_decay, bias1, bias2;
+    float gradient_scale, lr, beta1, beta2, rest1, rest2, eps, weight_decay, bias1, bias2;
     uint32_t seed;
 };
 
@@ -61,8 +61,8 @@ void update(Weight* __restrict weights,
 #pragma omp simd
         for (int64_t i = start; i < end; ++i) {
             const float gradient = widen(gradients[i]) * s.gradient_scale;
-            const float m = s.beta1 * widen(exp_avg[i]) + (1.0f - s.beta1) * gradient;
-            const float v = s.beta2 * widen(exp_avg_sq[i]) + (1.0f - s.beta2) * gradient * gradient;
+            const float m = s.beta1 * widen(exp_avg[i]) + s.rest1 * gradient;
+            const float v = s.beta2 * widen(exp_avg_sq[i]) + s.rest2 * gradient * gradient;
             float w = std::is_same_v<Weight, Master> ? widen(weights[i]) : widen(master[i]);
             w -= s.lr * s.weight_decay * w;
             w -= s.lr / s.bias1 * m / (std::sqrt(v / s.bias2) + s.eps);
@@ -113,6 +113,8 @@ void adam_update(const torch::Tensor& weights,
                     static_cast<float>(lr),
                     static_cast<float>(beta1),
                     static_cast<float>(beta2),
+                    static_cast<float>(1.0 - beta1),  // of the exact beta: the difference of floats is far off
+                    static_cast<float>(1.0 - beta2),
                     static_cast<float>(eps),
                     static_cast<float>(weight_decay),
                     static_cast<float>(1.0 - std::pow(beta1, step)),

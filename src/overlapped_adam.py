@@ -22,6 +22,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch.utils.cpp_extension import load
 
+from src.utils import local_ranks
+
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,8 +39,7 @@ def _kernel() -> ModuleType:
 
 def _usual_threads() -> int:
     """This rank's share of the cores, less one for the thread that launches GPU kernels."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))
-    return max(1, cores - 1)
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks() - 1)
 
 
 class FusedCpuAdam(torch.optim.Optimizer):
@@ -103,7 +104,7 @@ class FusedCpuAdam(torch.optim.Optimizer):
             *group["betas"],
             group["eps"],
             group["weight_decay"],
-            self.seed + self.updates,
+            (self.seed + self.updates) % 2**32,
             self.threads,
         )
 
@@ -218,6 +219,7 @@ class OverlappedZero3(DeepSpeedZeroOptimizer_Stage3):
         """One norm for everything, read back once; DeepSpeed waits for one of each sub-group."""
         none = torch.zeros((), device=get_accelerator().current_device_name())
         total = torch.stack([none, *self.norm_for_param_grads.values()]).square().sum()
+        self.norm_for_param_grads.clear()
         dist.all_reduce(total, group=self.dp_process_group)
         return [total.sqrt().cpu()]
 

@@ -56,7 +56,7 @@ def _add_hparams(writer: SummaryWriter, config: RunConfig, record: dict[str, Any
         "Liger": "all" if config.strategy == Strategy() else "+".join(kernels) or "none",  # capitals sort first
         "checkpointing": "on" if config.gradient_checkpointing else "off",
         "model": f"{config.dtype} {config.model_name.rsplit('/')[-1]}",
-        "tokens": f"{config.batch_size} x {config.seq_length}",
+        "tokens": f"{config.tokens_per_step // config.seq_length} x {config.seq_length}",
     }
     # TensorBoard takes the columns from any one run, so each run names them all, also those it has no figure for.
     for summary in hparams(shown, dict.fromkeys(_RESULTS, 0.0)):

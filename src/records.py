@@ -7,6 +7,7 @@ atomically, so a record that exists is whole.
 import contextlib
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def recording(record: dict[str, Any], config: RunConfig, *, keeps: bool = True) 
     """
     if keeps:
         _check_folders(config)
-    watch = OutOfMemoryWatch()
+    watch, started = OutOfMemoryWatch(), time.time()
     if record["mode"] == "measured" and torch.cuda.is_available():
         watch.attach()
     try:
@@ -142,8 +143,18 @@ def recording(record: dict[str, Any], config: RunConfig, *, keeps: bool = True) 
         record |= {"status": "error", "error": _error(error)}
         raise
     finally:
-        if record["status"] is not None and (keeps or record["status"] != "ok"):
+        tells = {None: False, "ok": keeps}.get(record["status"], True)
+        # Another rank may have run out of memory, and this one have failed for want of it.
+        already_told = record["status"] == "error" and _written_since(config.record_file, started)
+        if tells and not already_told:
             _save_or_print(record, config.record_file)
+
+
+def _written_since(path: Path, moment: float) -> bool:
+    try:
+        return path.stat().st_mtime >= moment
+    except FileNotFoundError:
+        return False
 
 
 class OutOfMemoryWatch:

@@ -38,6 +38,11 @@ def is_rank0() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def local_ranks() -> int:
+    """Processes of this job on this machine; launchers name it differently."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def print_rank0(*args: object, sep: str = " ") -> None:
     """Print once per job, not once per process."""
     if is_rank0():

@@ -10,6 +10,7 @@ import random
 os.environ |= {
     "TRITON_INTERPRET": "1",  # read when Triton is imported
     "HF_HUB_OFFLINE": "1",
+    "DS_ACCELERATOR": "cpu",  # read when DeepSpeed is imported
     "OMP_NUM_THREADS": "1",  # on tensors this small, threads only wait for each other
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # look for a GPU without initialising CUDA
 }
@@ -26,6 +27,7 @@ interpreter.enable()
 
 from src.kernel_check import patched  # noqa: E402 - imports Triton
 
+CPU_ONLY = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
 SEED = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**31))
 
 
@@ -54,5 +56,5 @@ def unpatched():
 @pytest.fixture
 def gpu_environment():
     """Environment variables of a program that may use the GPU."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")}
+    environment = {k: v for k, v in os.environ.items() if k not in CPU_ONLY}
     return environment if VISIBLE_GPUS is None else environment | {"CUDA_VISIBLE_DEVICES": VISIBLE_GPUS}

@@ -18,7 +18,9 @@ from src import records
 from src.config import Strategy
 from src.live_memory import LiveMemory
 from src.measure import PHASES, measure, measure_phases, no_mark
-from src.runtime import CpuRuntime
+from src.profiler import trace_step
+from src.runtime import CpuRuntime, HostRuntime
+from src.snapshot import record_snapshot
 from src.utils import median_and_iqr
 from tests.helpers import HUGGING_FACE, strategy_id, tiny_config
 
@@ -107,6 +109,43 @@ def test_phase_peaks_are_read_when_the_phase_ends_and_reset_when_it_begins(log):
     assert (phases.phase, phases.grad_norm) == ("optimizer", 1.5)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_phase_that_comes_back_with_each_micro_batch_keeps_its_highest_peak(rng, count):
+    readings = [rng.randrange(1000) for _ in range(2 * count + 1)]
+    norms = []
+
+    class Runtime(LoggingRuntime):
+        def peak_bytes(self):
+            return readings[super().peak_bytes()[0] // 100 - 1], None
+
+    def step(mark):
+        for _ in range(count):
+            mark("forward")
+            mark("backward")
+        mark("optimizer")
+
+    phases = measure_phases(step, Runtime([]), lambda: norms.append(1.5) or 1.5)
+    *passes, optimizer = readings
+    assert phases.peak_bytes == {"forward": max(passes[::2]), "backward": max(passes[1::2]), "optimizer": optimizer}
+    assert phases.peak_bytes[phases.phase] == max(readings)
+    assert (phases.grad_norm, norms) == (1.5, [1.5])
+
+
+def test_where_nothing_counts_there_is_no_peak_and_no_phase_that_sets_it():
+    def step(mark):
+        for phase in ("forward", "backward", "forward", "backward", "optimizer"):
+            mark(phase)
+        return torch.tensor(2.0)
+
+    result = measure(step, HostRuntime(), warmup=1, iterations=2)
+    assert result.peak_allocated_bytes == result.peak_reserved_bytes == [None, None]
+    assert result.peak_memory_bytes is result.reserved_bytes is result.device_used_bytes is None
+    assert len(result.step_seconds) == 2
+    phases = measure_phases(step, HostRuntime(), lambda: None)
+    assert phases.peak_bytes == dict.fromkeys(PHASES)
+    assert phases.phase is phases.grad_norm is None
+
+
 @pytest.fixture
 def history(monkeypatch):
     """The allocator's history as PyTorch would switch it on a GPU: {"on": bool, "max_entries": int | None}."""
@@ -119,6 +158,36 @@ def history(monkeypatch):
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": [], "device_traces": []})
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     return state
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_rank_that_keeps_nothing_takes_part_in_the_diagnostic_steps(tmp_path, history, keeps):
+    steps = []
+
+    def step(mark=no_mark):
+        for phase in ("forward", "backward", "forward", "backward", "optimizer"):
+            mark(phase)
+        steps.append({"profiled": torch.autograd._profiler_enabled(), **history})
+
+    record_snapshot(step, tmp_path / "snapshot", keeps=keeps)
+    trace_step(step, tmp_path / "trace", keeps=keeps)
+    assert [(step["on"], step["profiled"]) for step in steps] == [(True, False), (False, True)]
+    assert not history["on"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["snapshot", "trace"] if keeps else [])
+    if keeps:
+        events = json.loads((tmp_path / "trace").read_text())["traceEvents"]
+        begun = sorted((e["ts"], e["name"]) for e in events if e["name"] in PHASES and e["cat"] == "user_annotation")
+        assert [name for _, name in begun] == ["forward", "backward", "forward", "backward", "optimizer"]
+
+
+def test_step_that_fails_leaves_no_snapshot_and_the_history_off(tmp_path, history):
+    def step():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        record_snapshot(step, tmp_path / "snapshot")
+    assert not history["on"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

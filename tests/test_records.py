@@ -1,15 +1,18 @@
 """Records: whole or absent, strict JSON, and written whichever way a run ends."""
 
+import contextlib
 import dataclasses
 import json
 import math
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import records
-from src.config import UsageError
+from src.config import OffloadConfig, UsageError
 from src.measure import Measurement, PhasePeaks
+from src.profiler import write_tensorboard
 from src.utils import MIB, write_atomically
 from tests.helpers import tiny_config
 
@@ -78,6 +81,16 @@ def test_loading_can_be_the_peak_of_a_run(config):
     record = measured_record(config) | {"load_peak_bytes": 3 * MIB + 1}
     records.add_phases(record, PhasePeaks({"forward": 1, "backward": 3, "optimizer": 2}, 1.5))
     assert record["peak_phase"] == "load"
+
+
+def test_peak_that_nothing_counted_stays_null(config):
+    record = new_record(config, mode="interpreted")
+    records.add_measurement(record, Measurement([0.5], [1.0], [None], [None], None))
+    records.add_phases(record, PhasePeaks(dict.fromkeys(("forward", "backward", "optimizer")), None))
+    for key in ("peak_memory_bytes", "peak_reserved_bytes", "device_used_bytes", "peak_phase", "grad_norm"):
+        assert record[key] is None, key
+    records.save(record, config.record_file)
+    assert records.load(config.record_file) == record
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
@@ -195,6 +208,35 @@ def test_a_run_that_was_never_carried_out_is_not_recorded(config, error):
     assert not config.record_file.exists()
 
 
+def test_rank_that_keeps_nothing_writes_nothing_when_all_is_well(config, tmp_path):
+    record = new_record(config)
+    with records.recording(record, config, keeps=False):
+        pass
+    assert record["status"] == "ok"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "goes_on"),
+    [(torch.OutOfMemoryError("CUDA out of memory."), "oom", False), (RuntimeError("no"), "error", True)],
+    ids=["oom", "error"],
+)
+def test_any_rank_tells_of_a_failure(config, error, status, goes_on):
+    expected = pytest.raises(type(error)) if goes_on else contextlib.nullcontext()
+    with expected, records.recording(new_record(config), config, keeps=False):
+        raise error
+    assert records.load(config.record_file)["status"] == status
+
+
+def test_rank_that_keeps_nothing_needs_no_folders_until_it_fails(tmp_path, config):
+    (tmp_path / "file").touch()
+    config = dataclasses.replace(config, result_dir=str(tmp_path / "file" / "below"))
+    with records.recording(new_record(config), config, keeps=False):
+        pass
+    with pytest.raises(UsageError, match="--result_dir"), records.recording(new_record(config), config):
+        pytest.fail("the block ran")
+
+
 @pytest.mark.parametrize("name", ["result_dir", "snapshot_dir", "log_dir"])
 def test_folder_that_cannot_be_written_is_a_usage_error_before_the_block(tmp_path, config, name):
     (tmp_path / "file").touch()
@@ -208,6 +250,70 @@ def test_summary_of_a_measured_run_has_its_three_figures(config):
     for figure in ("3.0 MiB", "500.00 ms", "64 tokens/s", "IQR 0.00 ms", "backward phase", "67 TFLOP/s"):
         assert figure in summary
     assert all(line == line.rstrip() for line in summary.splitlines())
+
+
+def rows(record):
+    """The printed figures: name -> the rest of its line."""
+    lines = records.summary(record).splitlines()
+    return {name: " ".join(rest.split()) for name, rest in (line.split("  ", 1) for line in lines)}
+
+
+def test_summary_has_the_floor_of_a_run_that_has_one(config):
+    record = measured_record(config, seconds=[0.5, 0.5])
+    assert "Floor" not in rows(record)
+    assert rows(record | {"floor_s": 0.4})["Floor"] == "400.00 ms the step takes 1.25 times as long"
+
+
+def test_summary_of_a_run_without_peaks_has_the_other_figures(config):
+    record = new_record(config, mode="interpreted", status="ok")
+    records.add_measurement(record, Measurement([0.5], [3.0, 2.5], [None], [None], None))
+    records.add_phases(record, PhasePeaks({"forward": None}, 1.5))
+    assert set(rows(record)) == {"Host memory peak", "Loss", "Gradient norm"}
+    assert rows(record)["Loss"].startswith("2.5000")
+    assert rows(record)["Gradient norm"].startswith("1.5000")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_figures_of_several_gpus_are_of_all_or_of_the_fullest(world_size):
+    config = OffloadConfig(batch_size=3, seq_length=32, gradient_accumulation_steps=2, world_size=world_size)
+    record = measured_record(config, seconds=[0.5])
+    assert record["script"] == "deepspeed"
+    assert record["throughput_tokens_per_s"] == 3 * 32 * 2 * world_size / 0.5
+    assert record["mfu_peak_flops"] == 989.4e12 * world_size  # fp16
+    assert record["mfu"] == pytest.approx(10**12 / 0.5 / 989.4e12 / world_size)
+    assert ("fullest GPU" in rows(record)["Peak memory allocated"]) == (world_size > 1)
+    assert config.description in records.report(record, config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [tiny_config(batch_size=2, iterations=2), OffloadConfig(batch_size=2, seq_length=16, iterations=2)],
+    ids=["RunConfig", "OffloadConfig"],
+)
+@pytest.mark.parametrize("counted", [True, False])
+def test_tensorboard_gets_the_figures_that_there_are(tmp_path, config, counted):
+    record = new_record(config, mode="measured" if counted else "interpreted")
+    peaks = ([MIB, 3 * MIB], [4 * MIB, 4 * MIB]) if counted else ([None, None], [None, None])
+    measurement = Measurement([0.5, 0.25], [3.0, 2.5], *peaks, None)
+    record |= {"implementations": {}, "model_flops_per_step": 1}
+    records.add_measurement(record, measurement)
+    write_tensorboard(tmp_path, record, measurement)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    series = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    expected = {"step/loss": [3.0, 2.5], "summary/loss": [2.5]}
+    if counted:
+        expected |= {
+            "step/peak_allocated_MiB": [1, 3],
+            "step/peak_reserved_MiB": [4, 4],
+            "step/seconds": [0.5, 0.25],
+            "step/tokens_per_s": [2 * 16 / 0.5, 2 * 16 / 0.25],
+            "summary/peak_GiB": [3 / 1024],
+            "summary/reserved_GiB": [4 / 1024],
+            "summary/step_s": [0.375],
+            "summary/tokens_per_s": [pytest.approx(2 * 16 / 0.375)],
+        }
+    assert series == expected
 
 
 def test_summary_of_running_out_of_memory_says_what_was_asked_for_and_free(config):
