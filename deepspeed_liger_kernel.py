@@ -22,7 +22,7 @@ import torch
 
 from src import floor, interpreter, records
 from src.cli import parse_config, run
-from src.config import OffloadConfig
+from src.config import OffloadConfig, UsageError
 from src.ds_utils import (
     OffloadExperiment,
     build_engine,
@@ -30,6 +30,7 @@ from src.ds_utils import (
     max_over_ranks,
     over_ranks,
     phases_over_ranks,
+    shut_down,
     sum_over_ranks,
     world_size,
 )
@@ -80,6 +81,8 @@ def main(config: OffloadConfig) -> int:
     """Run the experiment `config` describes; returns the exit status."""
     config = dataclasses.replace(config, world_size=world_size())
     on_gpu = config.device == "cuda"
+    if not on_gpu and (config.dtype == "fp16" or config.memory_limit_gib is not None):
+        raise UsageError("on a CPU there is no --dtype fp16 and no --memory_limit_gib")
     device = init_distributed(config.device)
     if not on_gpu:
         interpreter.enable()
@@ -111,6 +114,8 @@ def main(config: OffloadConfig) -> int:
         if is_rank0():
             write_tensorboard(config.log_folder, record, measurement)
         trace_step(experiment.step, config.trace_file, keeps=is_rank0())
+    if record["status"] == "ok":
+        shut_down(experiment)
     print_rank0("\n" + records.files_written(config))
     return records.exit_status(record)
 

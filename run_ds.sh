@@ -10,10 +10,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-    model=meta-llama/Llama-3.2-1B-Instruct batch=4 length=1024 iterations=5
+    device=cuda model=meta-llama/Llama-3.2-1B-Instruct batch=4 length=1024 iterations=5
 else # a size for Triton's interpreter
     export DS_ACCELERATOR=cpu
-    model=tiny-llama batch=2 length=64 iterations=2
+    device=cpu model=tiny-llama batch=2 length=64 iterations=2
 fi
 
 NUM_GPUS=${NUM_GPUS:-1}
@@ -51,7 +51,7 @@ ENABLE_FLCE=${ENABLE_FLCE:-1}
 launcher=(--num_gpus "$NUM_GPUS" --master_port "$MASTER_PORT" --no_local_rank --log_level error)
 if [ -n "$HOSTFILE" ]; then launcher+=(--hostfile "$HOSTFILE"); fi
 
-exec deepspeed "${launcher[@]}" deepspeed_liger_kernel.py \
+exec deepspeed "${launcher[@]}" deepspeed_liger_kernel.py --device "$device" \
     --model_name "$MODEL_NAME" \
     --fp16_loss_scale_window "$FP16_LOSS_SCALE_WINDOW" \
     --fp16_initial_scale_power "$FP16_INITIAL_SCALE_POWER" \

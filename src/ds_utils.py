@@ -3,6 +3,8 @@
 DeepSpeed chooses its accelerator when it is imported, so nothing here imports it at the top.
 """
 
+import atexit
+import importlib
 import logging
 import os
 import warnings
@@ -97,6 +99,7 @@ def _merged(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
 # What a process takes besides tensors: PyTorch, CUDA's libraries, compiled kernels. What is left of the measured peaks
 # under doc/data/ by the rules of the next function.
 _PROCESS_BYTES = 4 * GIB
+_CPU_PROCESS_BYTES = GIB // 2  # without CUDA's
 
 
 def host_bytes_needed(config: OffloadConfig, model_config: LlamaConfig) -> int:
@@ -111,7 +114,8 @@ def host_bytes_needed(config: OffloadConfig, model_config: LlamaConfig) -> int:
     pinned = 2 * _power_of_two(width * count) + width * count
     if config.optimizer == "deepspeed_cpu_adam":  # copies the gradients into the master weights' dtype
         pinned += _power_of_two(state_width * rest) + state_width * layers
-    return states + pinned + _PROCESS_BYTES * config.world_size
+    process = _CPU_PROCESS_BYTES if config.device == "cpu" else _PROCESS_BYTES
+    return states + pinned + process * config.world_size
 
 
 def _power_of_two(count: int) -> int:
@@ -183,8 +187,26 @@ def init_distributed(device: str) -> torch.device:
         if local_rank >= torch.cuda.device_count():
             raise UsageError(f"{local_rank + 1} processes on this machine, but {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
+    # DeepSpeed's own collectives for CPUs leave 66 MiB a rank in /dev/shm for good.
+    backend = importlib.import_module("deepspeed.comm.torch")
+    own_collectives = mock.patch.object(backend, "build_shm_op", return_value=None)
+    with own_collectives if device == "cpu" else nullcontext():
+        deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", verbose=False)
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+
+
+def shut_down(experiment: OffloadExperiment) -> None:
+    """End the experiment's threads now, and this process's part in the job when it exits."""
+    experiment.finish_updates()
+    experiment.engine.destroy()
+    # Not now: a process may run several experiments. Not after a failure: others may never come to the end.
+    atexit.unregister(_leave_job)
+    atexit.register(_leave_job)
+
+
+def _leave_job() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _free_port() -> int:
@@ -201,6 +223,7 @@ def _quieten() -> None:
     logger.setLevel(logging.WARNING)
     logger.addFilter(lambda record: "ZeRO with an untested optimizer" not in str(record.msg))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", message="barrier\\(\\): using the device under current context")
     # PyTorch counts calls of an optimizer's step(), which ours does not have.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
 
@@ -215,6 +238,7 @@ def build_engine(config: OffloadConfig, device: torch.device) -> Any:
     model_config = load_model_config(config)
     check_host_memory(config, model_config)
     settings = zero3_config(config, model_config)
+    _check_accepted(settings)
     _announce_compilation(config)
     # While this object lives, transformers builds and loads models partitioned.
     partitioned = HfDeepSpeedConfig(settings)
@@ -226,6 +250,15 @@ def build_engine(config: OffloadConfig, device: torch.device) -> Any:
         )
     del partitioned
     return engine
+
+
+def _check_accepted(settings: dict[str, Any]) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(settings)
+    except (ValueError, TypeError, AssertionError, KeyError) as error:
+        raise UsageError(f"DeepSpeed refuses this configuration: {str(error) or type(error).__name__}") from error
 
 
 def _overlapped_zero3() -> Any:

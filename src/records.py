@@ -140,21 +140,22 @@ def recording(record: dict[str, Any], config: RunConfig, *, keeps: bool = True) 
     except SimulatedOutOfMemory as error:
         record |= {"status": "oom", "error": _error(error) | error.facts}
     except Exception as error:
-        record |= {"status": "error", "error": _error(error)}
-        raise
+        # A rank that runs out of memory ends, and the others fail for want of it: that is no other failure.
+        elsewhere = _out_of_memory_since(started, config.record_file)
+        record |= elsewhere or {"status": "error", "error": _error(error)}
+        if elsewhere is None:
+            raise
     finally:
-        tells = {None: False, "ok": keeps}.get(record["status"], True)
-        # Another rank may have run out of memory, and this one have failed for want of it.
-        already_told = record["status"] == "error" and _written_since(config.record_file, started)
-        if tells and not already_told:
+        if {None: False, "ok": keeps}.get(record["status"], True):
             _save_or_print(record, config.record_file)
 
 
-def _written_since(path: Path, moment: float) -> bool:
-    try:
-        return path.stat().st_mtime >= moment
-    except FileNotFoundError:
-        return False
+def _out_of_memory_since(moment: float, path: Path) -> dict[str, Any] | None:
+    """Status and error of the record in `path` if it was written since `moment` and tells of too little memory."""
+    if not path.exists() or path.stat().st_mtime < moment:
+        return None
+    told = load(path)
+    return {"status": "oom", "error": told["error"]} if told["status"] == "oom" else None
 
 
 class OutOfMemoryWatch:

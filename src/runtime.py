@@ -173,10 +173,10 @@ def _run(*command: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """HEAD of the checkout, with a mark if files differ; $GIT_COMMIT where the code runs outside its checkout."""
+    """$GIT_COMMIT, for code that runs outside its checkout, else HEAD with a mark if files differ."""
     root = str(Path(__file__).parent)
     commit = _run("git", "-C", root, "rev-parse", "HEAD")
-    if commit is None:
+    if commit is None or "GIT_COMMIT" in os.environ:
         return os.environ.get("GIT_COMMIT")
     return commit + ("-dirty" if _run("git", "-C", root, "status", "--porcelain", "--untracked-files=no") else "")
 

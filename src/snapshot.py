@@ -20,7 +20,9 @@ def record_snapshot(step: Callable[[], object], path: Path, *, keeps: bool = Tru
 
     Where several ranks take part in the step, only one `keeps` its snapshot.
     """
-    torch.cuda.memory._record_memory_history(max_entries=MAX_ENTRIES, stacks="python")
+    # Stacks of allocations only: taking one while memory is freed by a passing exception, as when a recomputation
+    # under DeepSpeed's linear layers ends early, loses the exception (seen with PyTorch 2.11 and Python 3.12).
+    torch.cuda.memory._record_memory_history(max_entries=MAX_ENTRIES, stacks="python", context="alloc")
     try:
         step()
         torch.cuda.synchronize()

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from doc import tables
+from doc import levers, tables
 from src import records
+from src.config import config_of
+from src.ds_utils import host_bytes_needed
+from src.model_utils import load_model_config
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -26,8 +29,13 @@ def runs():
     return tables.load_all(ROOT / "doc" / "data")
 
 
-def test_every_record_is_whole_and_names_its_code_and_machine(runs):
-    for run in runs:
+@pytest.fixture(scope="module")
+def offloaded():
+    return tables.load_all(ROOT / "doc" / "data", "deepspeed")
+
+
+def test_every_record_is_whole_and_names_its_code_and_machine(runs, offloaded):
+    for run in [*runs, *offloaded]:
         assert set(run) == set(records.EMPTY)
         assert re.fullmatch("[0-9a-f]{40}", run["environment"]["git_commit"]), run["run_name"]
         assert run["environment"]["gpu"]
@@ -42,11 +50,33 @@ def test_predicted_table_has_a_row_for_each_record(runs):
     assert cells(PREDICTED) == cells(tables.measured_table(runs))
 
 
-def test_readme_shows_rows_of_the_measured_table(runs):
+def test_readme_shows_rows_of_the_tables(runs, offloaded):
     measured = tables.measured_table(runs).splitlines()
-    shown = [line for line in README.splitlines() if line.startswith("| ")]
-    assert len(shown) > 5
-    assert set(shown) <= set(measured)
+    offload = tables.offload_table(offloaded).splitlines()
+    shown = {line for line in README.splitlines() if line.startswith("| ")}
+    assert min(len(shown & set(measured)), len(shown & set(offload))) > 5
+    assert shown <= {*measured, *offload}
+
+
+def test_offload_table_and_levers_are_those_of_the_records(offloaded):
+    assert (ROOT / "doc" / "offload.md").read_text().endswith(tables.offload_table(offloaded) + "\n")
+    assert (ROOT / "doc" / "levers.md").read_text().endswith(levers.table(offloaded) + "\n")
+
+
+def test_fast_preset_takes_no_more_memory_and_less_time_than_the_original(offloaded):
+    by_name = {run["run_name"]: run for run in offloaded}
+    pairs = [(run, by_name[f"{name}_fast"]) for name, run in by_name.items() if f"{name}_fast" in by_name]
+    assert len(pairs) >= 5
+    for seed, fast in pairs:
+        assert fast["peak_memory_bytes"] <= seed["peak_memory_bytes"]
+        assert fast["latency_s"] < seed["latency_s"] / 1.9
+
+
+def test_estimate_of_host_memory_is_near_what_was_measured(offloaded):
+    for run in offloaded:
+        config = config_of(run)
+        estimate = host_bytes_needed(config, load_model_config(config))
+        assert estimate == pytest.approx(run["host_peak_bytes"], rel=0.07), run["run_name"]
 
 
 def test_readme_shows_the_figures_of_the_default_run():
