@@ -177,9 +177,9 @@ def init_distributed(device: str) -> torch.device:
     os.environ.setdefault("MASTER_PORT", "29500" if world_size() > 1 else str(_free_port()))
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    _quieten()
     import deepspeed
 
+    _quieten()
     if device == "cuda":
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch sees no CUDA GPU; --device cpu runs the engine without one")
@@ -219,13 +219,25 @@ def _free_port() -> int:
 
 def _quieten() -> None:
     """Keep off the console what a user can do nothing about; other warnings pass."""
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
-    logger.addFilter(lambda record: "ZeRO with an untested optimizer" not in str(record.msg))
+    logging.getLogger("DeepSpeed").addFilter(_is_for_users)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message="barrier\\(\\): using the device under current context")
     # PyTorch counts calls of an optimizer's step(), which ours does not have.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
+
+
+def _let_reports_through() -> None:
+    """What --step_per_print asks for is at a level that DeepSpeed does not show."""
+    logger = logging.getLogger("DeepSpeed")
+    for speaker in (logger, *logger.handlers):
+        speaker.setLevel(logging.INFO)
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    message = str(record.msg)
+    if record.levelno < logging.WARNING:
+        return "skipped=" in message  # the report of --step_per_print
+    return "ZeRO with an untested optimizer" not in message
 
 
 def build_engine(config: OffloadConfig, device: torch.device) -> Any:
@@ -249,6 +261,7 @@ def build_engine(config: OffloadConfig, device: torch.device) -> Any:
             model=model, optimizer=optimizer, lr_scheduler=build_scheduler(optimizer, config), config=settings
         )
     del partitioned
+    _let_reports_through()
     return engine
 
 
