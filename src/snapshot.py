@@ -15,14 +15,14 @@ from src.utils import write_atomically
 MAX_ENTRIES = 100_000
 
 
-def record_snapshot(step: Callable[[], object], path: Path, *, keeps: bool = True) -> None:
-    """Run one step with the CUDA allocator's history on, with Python stacks, and save its snapshot to `path`.
+def record_snapshot(step: Callable[[], object], path: Path, *, stacks: bool = True, keeps: bool = True) -> None:
+    """Run one step with the CUDA allocator's history on, with Python `stacks`, and save its snapshot to `path`.
 
     Where several ranks take part in the step, only one `keeps` its snapshot.
     """
-    # Stacks of allocations only: taking one while memory is freed by a passing exception, as when a recomputation
-    # under DeepSpeed's linear layers ends early, loses the exception (seen with PyTorch 2.11 and Python 3.12).
-    torch.cuda.memory._record_memory_history(max_entries=MAX_ENTRIES, stacks="python", context="alloc")
+    torch.cuda.memory._record_memory_history(
+        max_entries=MAX_ENTRIES, stacks="python", context="all" if stacks else None
+    )
     try:
         step()
         torch.cuda.synchronize()

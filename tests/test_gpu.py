@@ -52,7 +52,8 @@ def check_snapshot_and_logs(folder, record):
     assert snapshot["segments"]
     actions = {event["action"] for event in snapshot["device_traces"][0]}
     assert {"alloc", "free_completed"} <= actions
-    assert any(event.get("frames") for event in snapshot["device_traces"][0])
+    if record["script"] == "all_gpu":
+        assert any(event.get("frames") for event in snapshot["device_traces"][0])
 
     log_folder = folder / "logs" / record["run_name"]
     events = json.loads((log_folder / "step.pt.trace.json").read_text())["traceEvents"]
