@@ -1,18 +1,8 @@
-"""What was tried to make an offloaded step faster, what it was expected to do, and what it did.
+"""What was tried to make an offloaded step faster, and what it was expected to do; doc/tables.py adds what it did."""
 
-    python -m doc.levers doc/data > doc/levers.md
-
-The measured columns come from the records that the flags name; the words are ours.
-"""
-
-import sys
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from doc.tables import load_all, machines, markdown
-from src.config import PRESETS, OffloadConfig, UsageError, make_parser, to_config
-from src.utils import GIB, error_line
+from src.config import PRESETS, OffloadConfig, make_parser, to_config
 
 
 @dataclass(frozen=True)
@@ -102,37 +92,3 @@ LEVERS = (
         "an option, not the preset: changes rounding",
     ),
 )
-
-
-def table(runs: list[dict[str, Any]]) -> str:
-    """A row for each lever that has a record."""
-    by_name = {run["run_name"]: run for run in runs}
-    rows = []
-    for lever in LEVERS:
-        run = by_name.get(lever.run_name)
-        if run is None:
-            continue
-        latency, iqr = run["latency_s"] * 1e3, run["latency_iqr_s"] * 1e3
-        measured = [f"{latency:,.0f} ± {iqr / 2:,.0f}", f"{run['peak_memory_bytes'] / GIB:,.2f}"]
-        flags = f"`{lever.flags}`" if lever.flags else "none"
-        rows.append([lever.what, flags, lever.predicted, *measured, lever.verdict])
-    header = ["lever", "flags", "predicted", "measured ms a step (median ± IQR/2)", "peak GiB", "verdict"]
-    return markdown(header, rows).replace("---:", ":---", 2)
-
-
-def main() -> int:
-    """Print the log."""
-    folder = Path(sys.argv[1])
-    try:
-        runs = load_all(folder, "deepspeed")
-    except UsageError as error:
-        error_line(error)
-        return 2
-    print(f"# What makes an offloaded step faster\n\nMade by `python -m doc.levers {folder}`.\n{machines(runs)}\n")
-    print("Llama 3.2 1B, all Liger kernels, 4 x 1024 tokens.\n")
-    print(table(runs))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

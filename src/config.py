@@ -203,7 +203,7 @@ OFFLOAD_OPTIMIZERS = ("deepspeed_cpu_adam", "overlapped_cpu_adam")
 STATES = ("fp32", "bf16")
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
-# The original's settings, and ours for speed. What neither names has one default for both.
+# The original's settings, which are the defaults, and ours for speed. What neither names is the same in both.
 PRESETS: dict[str, dict[str, Any]] = {
     "seed": {
         "dtype": "fp16",
@@ -224,6 +224,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prefetch_layers": 1,
     },
 }
+
+
+_SEED = PRESETS["seed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,9 +252,11 @@ class OffloadConfig(RunConfig):
     batch_size: int = _option(4, "sequences per GPU and micro-batch")
     gradient_accumulation_steps: int = _option(1, "micro-batches per step", tag="accum")
     iterations: int = _option(5, "timed steps", tag="iters")
-    dtype: str = _option("fp16", "weights and gradients", tag="", choices=DTYPES)
-    optimizer: str = _option(OFFLOAD_OPTIMIZERS[0], "how weights are updated", tag="", choices=OFFLOAD_OPTIMIZERS)
-    optimizer_states: str = _option("fp32", "master weights and Adam's moments", tag="states", choices=STATES)
+    dtype: str = _option(_SEED["dtype"], "weights and gradients", tag="", choices=DTYPES)
+    optimizer: str = _option(_SEED["optimizer"], "how weights are updated", tag="", choices=OFFLOAD_OPTIMIZERS)
+    optimizer_states: str = _option(
+        _SEED["optimizer_states"], "master weights and Adam's moments", tag="states", choices=STATES
+    )
     learning_rate: float = _option(1e-4, "of the optimizer", tag="lr")
     weight_decay: float = _option(0.01, "of the optimizer", tag="wd")
     beta_0: float = _option(0.9, "decay of Adam's first moment", tag="beta0-")
@@ -262,10 +267,16 @@ class OffloadConfig(RunConfig):
     fp16_loss_scale_window: int = _option(100, "steps without overflow before the loss scale doubles", tag="window")
     fp16_initial_scale_power: int = _option(7, "the loss scale starts at 2 to this power", tag="scale")
     fp16_hysteresis: int = _option(1, "overflows before the loss scale halves", tag="hysteresis")
-    reduce_bucket_size: float | None = _option(1e5, "gradient elements reduced at a time; fast: a layer", tag="bucket")
-    sub_group_size: float | None = _option(0, "elements updated at a time; fast: a layer", tag="sub")
-    fetch_layers: bool = _option(False, "fetch a whole decoder layer at a time, not each weight", tag="fetchlayers")
-    prefetch_layers: int = _option(0, "decoder layers fetched ahead", tag="prefetch")
+    reduce_bucket_size: float | None = _option(
+        _SEED["reduce_bucket_size"], "gradient elements reduced at a time; fast: a layer", tag="bucket"
+    )
+    sub_group_size: float | None = _option(
+        _SEED["sub_group_size"], "elements updated at a time; fast: a layer", tag="sub"
+    )
+    fetch_layers: bool = _option(
+        _SEED["fetch_layers"], "fetch a whole decoder layer at a time, not each weight", tag="fetchlayers"
+    )
+    prefetch_layers: int = _option(_SEED["prefetch_layers"], "decoder layers fetched ahead", tag="prefetch")
     cpu_threads: int | None = _option(None, "threads of overlapped_cpu_adam; default: all cores but one", tag="threads")
     ds_override: str = _option("{}", "JSON merged into the DeepSpeed configuration; null removes", tag="ds")
     step_per_print: int = _option(10, "steps between DeepSpeed's own reports")

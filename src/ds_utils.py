@@ -287,7 +287,7 @@ def _announce_compilation(config: OffloadConfig) -> None:
 
     name = {"deepspeed_cpu_adam": "cpu_adam", "overlapped_cpu_adam": "overlapped_adam"}[config.optimizer]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    if not any(name in files_folder for files_folder, _, files in os.walk(root) if f"{name}.so" in files):
+    if not any(f"{name}.so" in files for _, _, files in os.walk(root)):
         print_rank0(f"Compiling {config.optimizer} for this machine: once, up to a few minutes.")
 
 

@@ -88,7 +88,10 @@ class FusedCpuAdam(torch.optim.Optimizer):
         lr: float,
         group: dict[str, Any],
     ) -> None:
-        """One step of `master`, and of `weights`, its rounded copy or itself; `gradients` are multiplied by `scale`."""
+        """One step of `master`, and of `weights`, its rounded copy or itself; `gradients` are multiplied by `scale`.
+
+        `lr` is that of the step: the schedule may have moved `group`'s on by the time the update runs.
+        """
         state = self.state[master]
         state["step"] += 1
         self.updates += 1

@@ -95,7 +95,7 @@ def _add_speed(record: dict[str, Any], step_seconds: list[float]) -> None:
     config = config_of(record)
     latency, iqr = median_and_iqr(step_seconds)
     peak = runtime.peak_flops(record["environment"]["gpu"], config.dtype)
-    peak = None if peak is None else peak * record["config"].get("world_size", 1)
+    peak = None if peak is None else peak * _processes(record)
     record |= {
         "step_seconds": step_seconds,
         "latency_s": latency,

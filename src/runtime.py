@@ -75,35 +75,6 @@ class CudaRuntime:
         return total - free
 
 
-class CpuRuntime:
-    """The CPU, where a mode that sees every operation counts the bytes of live tensors."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        self._memory = LiveMemory()
-
-    def tracking(self) -> contextlib.AbstractContextManager:
-        """Enter before building the model: tensors made outside are counted only once an operation returns them."""
-        return self._memory
-
-    def synchronize(self) -> None:
-        pass
-
-    def release_cache(self) -> None:
-        gc.collect()
-
-    def reset_peak(self) -> None:
-        self._memory.reset_peak()
-
-    def peak_bytes(self) -> tuple[int, int | None]:
-        """Peak of live tensors since the last reset; nothing is reserved on a CPU."""
-        return self._memory.peak_bytes, None
-
-    def device_used_bytes(self) -> int | None:
-        return None
-
-
 class HostRuntime:
     """The CPU in place of a GPU under offloading: everything is host memory there, so no peak stands for a GPU's."""
 
@@ -127,6 +98,24 @@ class HostRuntime:
 
     def device_used_bytes(self) -> int | None:
         return None
+
+
+class CpuRuntime(HostRuntime):
+    """The CPU, where a mode that sees every operation counts the bytes of live tensors."""
+
+    def __init__(self) -> None:
+        self._memory = LiveMemory()
+
+    def tracking(self) -> contextlib.AbstractContextManager:
+        """Enter before building the model: tensors made outside are counted only once an operation returns them."""
+        return self._memory
+
+    def reset_peak(self) -> None:
+        self._memory.reset_peak()
+
+    def peak_bytes(self) -> tuple[int, int | None]:
+        """Peak of live tensors since the last reset; nothing is reserved on a CPU."""
+        return self._memory.peak_bytes, None
 
 
 def resolve_device(device: str) -> str:
@@ -174,10 +163,12 @@ def _run(*command: str) -> str | None:
 
 def _git_commit() -> str | None:
     """$GIT_COMMIT, for code that runs outside its checkout, else HEAD with a mark if files differ."""
+    if "GIT_COMMIT" in os.environ:
+        return os.environ["GIT_COMMIT"]
     root = str(Path(__file__).parent)
     commit = _run("git", "-C", root, "rev-parse", "HEAD")
-    if commit is None or "GIT_COMMIT" in os.environ:
-        return os.environ.get("GIT_COMMIT")
+    if commit is None:
+        return None
     return commit + ("-dirty" if _run("git", "-C", root, "status", "--porcelain", "--untracked-files=no") else "")
 
 

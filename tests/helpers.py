@@ -48,3 +48,10 @@ def run_python(*arguments, env=None, cwd=ROOT):
     return subprocess.run(
         [sys.executable, *map(str, arguments)], env=env or os.environ, cwd=cwd, capture_output=True, text=True
     )
+
+
+def assert_one_error_line(stderr, text):
+    """What a user sees of a mistake: one line, which says what it is."""
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert text in stderr

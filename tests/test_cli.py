@@ -16,7 +16,7 @@ from src import cli, records
 from src.config import RunConfig, Strategy, UsageError
 from src.runtime import CudaRuntime, peak_flops
 from src.utils import GIB
-from tests.helpers import SCRIPT, run_python
+from tests.helpers import SCRIPT, assert_one_error_line, run_python
 
 SMALL = ["--iterations", "1", "--batch_size", "1", "--seq_length", "16"]
 NO_KERNEL = ["--enable_rope", "0", "--enable_swiglu", "0", "--enable_rms", "0", "--enable_flce", "0"]
@@ -40,12 +40,6 @@ def run_script(monkeypatch, capsys, tmp_path):
         return stopped.value.code, *capsys.readouterr()
 
     return run
-
-
-def assert_one_error_line(stderr, text):
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert text in stderr
 
 
 BAD_ARGUMENTS = {

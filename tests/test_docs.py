@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from doc import levers, tables
+from doc import tables
 from src import records
 from src.config import config_of
 from src.ds_utils import host_bytes_needed
@@ -60,7 +60,7 @@ def test_readme_shows_rows_of_the_tables(runs, offloaded):
 
 def test_offload_table_and_levers_are_those_of_the_records(offloaded):
     assert (ROOT / "doc" / "offload.md").read_text().endswith(tables.offload_table(offloaded) + "\n")
-    assert (ROOT / "doc" / "levers.md").read_text().endswith(levers.table(offloaded) + "\n")
+    assert (ROOT / "doc" / "levers.md").read_text().endswith(tables.levers_table(offloaded) + "\n")
 
 
 def test_fast_preset_takes_no_more_memory_and_less_time_than_the_original(offloaded):

@@ -30,7 +30,7 @@ from src.dry_run import CATEGORIES, forecast, limit_bytes, predict
 from src.fake_gpu import H100
 from src.model_utils import KERNELS, Kernel, build_model
 from src.utils import GIB, MIB
-from tests.helpers import HUGGING_FACE, ROOT, SCRIPT, run_python, strategy_id
+from tests.helpers import HUGGING_FACE, ROOT, SCRIPT, assert_one_error_line, run_python, strategy_id
 from tests.helpers import STRATEGIES as EACH_STRATEGY
 
 LOGITS_BYTES_PER_TOKEN = 2 * 128256  # of Llama 3 in bf16
@@ -461,9 +461,7 @@ def test_bad_arguments_give_status_2_and_one_line(run_script, tmp_path, argument
     (tmp_path / "file").touch()
     status, _, stderr, record = run_script(*arguments.split())
     assert (status, record) == (2, None)
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
-    assert text in stderr
+    assert_one_error_line(stderr, text)
 
 
 def test_largest_step_that_can_be_asked_for_is_predicted():
