@@ -207,5 +207,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "deepspeed": _version("deepspeed"),
         "git_commit": _git_commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "omp": {name: value for name, value in sorted(os.environ.items()) if name.startswith("OMP_")},
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
