@@ -18,6 +18,7 @@ measure, not to train.
 import sys
 
 from src import dry_run, frontier, kernel_check, records
+from src.attribution import record_breakdown
 from src.cli import parse_config, run
 from src.config import RunConfig, Strategy
 from src.experiment import Experiment
@@ -25,9 +26,9 @@ from src.measure import Mark, measure, measure_phases, no_mark
 from src.model_utils import build_model, flops_per_step, implementations
 from src.optimizer_utils import build_loss_scaler, build_optimizer
 from src.profiler import trace_step, write_tensorboard
+from src.random_data import random_batch, set_seed
 from src.runtime import CudaRuntime, Runtime
-from src.snapshot import record_snapshot
-from src.utils import print_rank0, random_batch, set_seed
+from src.utils import print_rank0
 
 # The defaults; flags of the same names, in lower case, override them.
 MODEL_NAME = "meta-llama/Llama-3.2-1B-Instruct"
@@ -93,11 +94,12 @@ def main(config: RunConfig) -> int:
         records.add_phases(record, measure_phases(experiment.step, runtime, experiment.grad_norm))
     print_rank0(records.report(record, config))
     # The record is safe by now, whatever becomes of the diagnostic steps.
-    if record["status"] == "ok" and config.snapshot_dir:
-        record_snapshot(experiment.step, config.snapshot_file)
-    if record["status"] == "ok" and config.log_dir:
-        write_tensorboard(config.log_folder, record, measurement)
-        trace_step(experiment.step, config.trace_file)
+    if record["status"] == "ok":
+        timeline = record_breakdown(experiment, record, config)
+        print_rank0("\n" + records.breakdown(record))
+        if config.log_dir:
+            write_tensorboard(config.log_folder, record, measurement, timeline)
+            trace_step(experiment.step, config.trace_file)
     print_rank0("\n" + records.files_written(config))
     return records.exit_status(record)
 

@@ -20,6 +20,7 @@ import sys
 import torch
 
 from src import floor, interpreter, records
+from src.attribution import record_breakdown
 from src.cli import parse_config, run
 from src.config import OffloadConfig, UsageError
 from src.ds_utils import (
@@ -36,11 +37,14 @@ from src.ds_utils import (
 from src.measure import Mark, measure, measure_phases, no_mark
 from src.model_utils import flops_per_step, implementations
 from src.profiler import trace_step, write_tensorboard
+from src.random_data import micro_batches, set_seed
 from src.runtime import CudaRuntime, HostRuntime, Runtime, host_peak_bytes
-from src.snapshot import record_snapshot
-from src.utils import is_rank0, keep_out_of_garbage_collection, micro_batches, print_rank0, set_seed
+from src.utils import is_rank0, keep_out_of_garbage_collection, print_rank0
 
 DEFAULTS = OffloadConfig()
+
+# With stacks of releases too, a step under DeepSpeed failed on PyTorch 2.11: "returned NULL without an exception".
+CONTEXT = "alloc"
 
 # Without a GPU: what Triton's interpreter can run in a minute or two.
 CPU_DEFAULTS = {
@@ -107,12 +111,13 @@ def main(config: OffloadConfig) -> int:
             record |= floor.of_run(experiment.engine.module, config, runtime)
     print_rank0(records.report(record, config))
     # The record is safe by now, whatever becomes of the diagnostic steps, in which every rank takes part.
-    if record["status"] == "ok" and config.snapshot_dir and on_gpu:
-        # With stacks, a step under DeepSpeed failed on PyTorch 2.11: "apply returned NULL without an exception".
-        record_snapshot(experiment.step, config.snapshot_file, stacks=False, keeps=is_rank0())
+    timeline = None
+    if record["status"] == "ok" and on_gpu:
+        timeline = record_breakdown(experiment, record, config, context=CONTEXT, keeps=is_rank0())
+        print_rank0("\n" + records.breakdown(record))
     if record["status"] == "ok" and config.log_dir:
         if is_rank0():
-            write_tensorboard(config.log_folder, record, measurement)
+            write_tensorboard(config.log_folder, record, measurement, timeline)
         trace_step(experiment.step, config.trace_file, keeps=is_rank0())
     if record["status"] == "ok":
         shut_down(experiment)

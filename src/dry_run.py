@@ -7,32 +7,22 @@ change of the experiment. Nothing is computed: there are no times, and no loss.
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from src import records
+from src.attribution import Attribution
 from src.config import RunConfig, UsageError
 from src.experiment import Build, Experiment
-from src.fake_gpu import H100, Allocation, Card, FakeGpu
-from src.measure import PhasePeaks, measure_phases
+from src.fake_gpu import H100, Card, FakeGpu
+from src.measure import Mark, PhasePeaks, measure_phases, no_mark
 from src.model_utils import flops_per_step, implementations, patched
-from src.snapshot import save_simulated
+from src.simulated_snapshot import simulated_snapshot
+from src.snapshot import CATEGORIES, save, timeline
 from src.utils import GIB, aligned_table, format_bytes, print_rank0
-
-# What a peak is made of, in the order it is shown.
-CATEGORIES = (
-    "parameters",
-    "gradients",
-    "optimizer_state",
-    "optimizer_temporaries",
-    "checkpoints",  # the layer inputs that gradient checkpointing keeps
-    "logits_and_loss",
-    "layer_temporaries",  # activations kept for the backward pass, and what layers need while they run
-    "other",  # library workspaces, the batch, rotary tables
-)
 
 
 class FakeRuntime:
@@ -110,35 +100,28 @@ def predict(
     with patched(), _without_garbage_collector(), runtime.tracking():
         experiment = build(config, runtime)
         load_peak = runtime.peak_bytes()[0]
-        gpu.watch(experiment.model)
-
-        def enter(phase: str) -> None:
-            gpu.phase = phase
-
-        experiment.step(enter)
+        experiment.step(no_mark)
         runtime.release_cache()
-        gpu.phase, gpu.record_frames = "between steps", record_frames
-        before, first_event = list(gpu.allocations.values()), len(gpu.events)
-        owners = _Owners(gpu, experiment, config.gradient_checkpointing)
+        gpu.record_frames, first_event = record_frames, len(gpu.events)
         reserved = 0
 
-        def step(mark: Callable[[str], None]) -> torch.Tensor:
-            def enter_and_mark(phase: str) -> None:
+        attribution = Attribution(gpu, experiment, gradient_checkpointing=config.gradient_checkpointing)
+
+        def step(mark: Mark) -> torch.Tensor:
+            def enter_phase(phase: str) -> None:
                 nonlocal reserved
                 reserved = max(reserved, runtime.peak_bytes()[1])
                 mark(phase)
-                gpu.phase = phase
 
-            return experiment.step(enter_and_mark)
+            return attribution.step(enter_phase)
 
-        phases = measure_phases(step, runtime, owners.note_gradients)
-        owners.note_state()
+        phases = measure_phases(step, runtime, lambda: None)
         return Prediction(
             config=config,
             load_peak_bytes=load_peak,
             phases=phases,
             peak_reserved_bytes=max(reserved, runtime.peak_bytes()[1]),
-            breakdown=owners.breakdown(before, gpu.events[first_event:]),
+            breakdown=timeline(simulated_snapshot(gpu, first_event)).breakdown(),
             model_flops=flops_per_step(experiment.model, config),
             implementations=implementations(experiment.model),
             gpu=gpu,
@@ -157,68 +140,6 @@ def _without_garbage_collector() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-class _Owners:
-    """Whose memory is whose: finds the allocations of parameters, gradients, optimizer state and checkpoints."""
-
-    def __init__(self, gpu: FakeGpu, experiment: Experiment, gradient_checkpointing: bool) -> None:
-        self._gpu = gpu
-        self._experiment = experiment
-        self._category: dict[Allocation, str] = {}
-        self._note("parameters", experiment.model.parameters())
-        if gradient_checkpointing:
-            for layer in experiment.model.model.layers:
-                layer.register_forward_pre_hook(self._note_checkpoint, with_kwargs=True)
-
-    def _note(self, category: str, tensors: Any) -> None:
-        for tensor in tensors:
-            block = self._gpu.block_of(tensor)
-            if block is not None:
-                self._category[self._gpu.allocations[block]] = category
-
-    def _note_checkpoint(self, _layer: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self._gpu.phase == "forward":
-            self._note("checkpoints", [args[0] if args else kwargs["hidden_states"]])
-
-    def note_gradients(self) -> None:
-        """Call when the backward pass is done."""
-        self._note("gradients", self._experiment.gradients())
-
-    def note_state(self) -> None:
-        """Call after a step."""
-        for state in self._experiment.optimizer.state.values():
-            self._note("optimizer_state", (t for t in state.values() if isinstance(t, torch.Tensor)))
-
-    def category(self, allocation: Allocation) -> str:
-        """The category of one allocation."""
-        if allocation in self._category:
-            return self._category[allocation]
-        if allocation.operation == "workspace":
-            return "other"
-        if allocation.phase == "optimizer":
-            return "optimizer_temporaries"
-        # A tied embedding's second gradient, before it is added to the LM head's, and its partial sums.
-        if "embedding_dense_backward" in allocation.operation:
-            return "gradients"
-        if allocation.in_loss:
-            return "logits_and_loss"
-        return "layer_temporaries" if allocation.phase in ("forward", "backward") else "other"
-
-    def breakdown(self, before: list[Allocation], events: list[tuple[str, Allocation]]) -> dict[str, int]:
-        """Bytes of each category when the live bytes first reach their maximum."""
-        totals = dict.fromkeys(CATEGORIES, 0)
-        for allocation in before:
-            totals[self.category(allocation)] += allocation.size
-        current = sum(totals.values())
-        peak, at_peak = current, dict(totals)
-        for action, allocation in events:
-            change = allocation.size if action == "alloc" else -allocation.size
-            totals[self.category(allocation)] += change
-            current += change
-            if current > peak:
-                peak, at_peak = current, dict(totals)
-        return at_peak
 
 
 def limit_bytes(config: RunConfig, card: Card = H100) -> int | None:
@@ -245,6 +166,7 @@ def fill_record(record: dict[str, Any], prediction: Prediction) -> None:
         "phase_peak_bytes": prediction.phases.peak_bytes,
         "peak_phase": "load" if prediction.load_peak_bytes > prediction.peak_bytes else phase,
         "peak_breakdown": prediction.breakdown,
+        "breakdown_peak_bytes": prediction.peak_bytes,
     }
 
 
@@ -257,7 +179,7 @@ def main(config: RunConfig, build: Build) -> int:
         prediction = predict(config, build, record_frames=bool(config.snapshot_dir))
         fill_record(record, prediction)
         if config.snapshot_dir:
-            save_simulated(prediction.gpu, prediction.first_event, config.snapshot_file)
+            save(simulated_snapshot(prediction.gpu, prediction.first_event), config.snapshot_file)
         if limit is not None:
             predict(config, build, limit_bytes=limit)
     print_rank0(records.report(record, config), records.files_written(config), sep="\n\n")

@@ -8,8 +8,8 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ import torch
 from transformers import LlamaConfig
 from transformers.integrations import HfDeepSpeedConfig
 
+from src.attribution import Attribution
 from src.config import OffloadConfig, UsageError
+from src.live_memory import tensors_in
 from src.measure import Measurement, PhasePeaks, Step
 from src.model_utils import TORCH_DTYPES, build_model, load_model_config, parameter_counts
 from src.optimizer_utils import build_offload_optimizer, build_scheduler
+from src.snapshot import GATHER, REDUCE
 from src.utils import GIB, local_ranks, print_rank0
 
 
@@ -155,6 +158,45 @@ class OffloadExperiment:
     engine: Any  # deepspeed.DeepSpeedEngine
     step: Step
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model inside the engine."""
+        return self.engine.module
+
+    def resident(self) -> dict[str, list[torch.Tensor]]:
+        """What stays on the GPU between steps, by what it is for."""
+        optimizer = self.engine.optimizer
+        states = [list(state.values()) for state in optimizer.optimizer.state.values()]
+        return {
+            "parameters": list(self.model.parameters()),
+            "gradient_buckets": list(tensors_in([bucket.buffer for bucket in optimizer.ipg_buckets.values()])),
+            "optimizer_state": list(tensors_in([*states, getattr(optimizer, "fp32_partitioned_groups_flat", [])])),
+        }
+
+    def gradients(self) -> list[torch.Tensor]:
+        """None are left when the optimizer begins: each goes to the host as it is made."""
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    @contextmanager
+    def labelling(self, attribution: Attribution) -> Iterator[None]:
+        """Let ZeRO say which memory it asks for, and which gradients are ready."""
+        optimizer = self.engine.optimizer
+        offload = getattr(optimizer, "parameter_offload", None)  # there is none under ZeRO-2
+        methods = [
+            (
+                offload and offload.get_param_coordinator(),
+                "_PartitionedParameterCoordinator__all_gather_params",
+                GATHER,
+            ),
+            (optimizer, "reduce_independent_p_g_buckets_and_remove_grads", REDUCE),
+            (optimizer, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads", REDUCE),
+        ]
+        with ExitStack() as stack:
+            for owner, name, label in methods:
+                if hasattr(owner, name):
+                    stack.enter_context(_labelled(owner, name, label, attribution))
+            yield
+
     def finish_updates(self) -> None:
         """Wait for updates that still run behind the last step."""
         getattr(self.engine.optimizer, "finish_updates", lambda: None)()
@@ -163,6 +205,24 @@ class OffloadExperiment:
         """Norm of all gradients of the last step, before clipping; None if it overflowed."""
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
+
+
+def _coordinator(optimizer: Any) -> Any:
+    """What fetches weights; under ZeRO-2 there is none."""
+    offload = getattr(optimizer, "parameter_offload", None)
+    return None if offload is None else offload.get_param_coordinator()
+
+
+def _labelled(owner: Any, name: str, label: str, attribution: Attribution) -> AbstractContextManager:
+    """`owner.name` with what it asks for labelled, and the gradient of a parameter it is given noted."""
+    method = getattr(owner, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        attribution.own("gradients", (a.grad for a in args if isinstance(a, torch.nn.Parameter) and a.grad is not None))
+        with attribution.label(label):
+            return method(*args, **kwargs)
+
+    return mock.patch.object(owner, name, call)
 
 
 def world_size() -> int:

@@ -1,11 +1,13 @@
 """What a script builds and `measure` runs."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from transformers import LlamaForCausalLM
 
+from src.attribution import Attribution
 from src.config import RunConfig
 from src.measure import Step
 from src.runtime import Runtime
@@ -19,6 +21,15 @@ class Experiment:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: Step
+
+    def resident(self) -> dict[str, list[torch.Tensor]]:
+        """What stays on the GPU between steps, by what it is for."""
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        return {"parameters": list(self.model.parameters()), "optimizer_state": states}
+
+    def labelling(self, attribution: Attribution) -> AbstractContextManager:
+        """Nothing beyond the model's own modules asks for memory."""
+        return nullcontext()
 
     def gradients(self) -> list[torch.Tensor]:
         """The gradients there are now, in the order of the parameters."""

@@ -109,28 +109,27 @@ class Allocation:
     size: int
     address: int
     phase: str
-    module: str  # path of the innermost module that is running, the model's class for the model itself, "" outside it
+    module: str  # who asked for it, as src/attribution.py labels it
     operation: str
     frames: tuple[tuple[str, int, str], ...]  # (file, line, function), innermost first
-    in_loss: bool  # in the LM head or the loss, forward or backward
+    owner: str = ""  # its category, where src/attribution.py noted one
 
 
 class FakeGpu(LiveMemory):
     """Gives fake tensors memory on a simulated `card`, and remembers every request.
 
-    `phase` is the caller's to set. `limit_bytes` bounds what can be reserved; without it everything fits.
+    `limit_bytes` bounds what can be reserved; without it everything fits.
     """
 
     def __init__(self, card: Card = H100, limit_bytes: int | None = None) -> None:
         super().__init__(CachingAllocator(limit_bytes))
         self.card = card
         self.phase = "load"
+        self.phase_starts: list[tuple[int, str]] = []  # (number of the first event, phase)
         self.events: list[tuple[str, Allocation]] = []  # ("alloc" | "free", which), in order
         self.allocations: dict[Block, Allocation] = {}  # of the live blocks
         self.record_frames = False
-        self._modules: list[str] = []  # dotted paths of the modules that are running
-        self._loss_modules: set[str] = set()
-        self._loss_nodes = range(0)  # sequence numbers of the autograd nodes of LM head and loss
+        self._module = ""
         self._inside_operation = False
         self._workspaces: set[bool] = set()  # cuBLAS keeps one for the main thread and one for autograd's
 
@@ -145,29 +144,20 @@ class FakeGpu(LiveMemory):
             stack.enter_context(self)
             yield
 
-    def watch(self, model: torch.nn.Module) -> None:
-        """Note from now on which module of `model` asks for memory."""
+    def set_label(self, label: str) -> None:
+        """Who asks for memory from now on: "module|operation"."""
+        self._module = label.partition("|")[0]
 
-        def leave(*_: Any) -> None:
-            self._modules.pop()
+    def own(self, category: str, tensor: torch.Tensor) -> None:
+        """Note what the block of `tensor` is for."""
+        block = self.block_of(tensor)
+        if block is not None:
+            self.allocations[block].owner = category
 
-        for path, module in model.named_modules():
-            name = path or type(module).__name__
-            module.register_forward_pre_hook(lambda _module, _args, name=name: self._modules.append(name))
-            module.register_forward_hook(leave, always_call=True)  # a recomputation may end early
-        self._loss_modules = {type(model).__name__, "lm_head"}
-        # Nodes made between the end of the decoder and the end of the model belong to the LM head and the loss.
-        start = None
-
-        def decoder_done(*_: Any) -> None:
-            nonlocal start
-            start = torch.autograd._get_sequence_nr()
-
-        def model_done(*_: Any) -> None:
-            self._loss_nodes = range(start, torch.autograd._get_sequence_nr())
-
-        model.model.register_forward_hook(decoder_done)
-        model.register_forward_hook(model_done)
+    def enter_phase(self, phase: str) -> None:
+        """Another phase of the step begins."""
+        self.phase = phase
+        self.phase_starts.append((len(self.events), phase))
 
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -191,17 +181,14 @@ class FakeGpu(LiveMemory):
 
     def allocate(self, count: int, func: Callable | None) -> Block:
         block = super().allocate(count, func)
-        module = self._modules[-1] if self._modules else ""
-        in_backward = self.phase == "backward" and not module  # a module runs in it when a layer is recomputed
-        node = torch._C._current_autograd_node() if in_backward else None
         allocation = Allocation(
             size=block.size,
             address=block.address,
             phase=self.phase,
-            module=module,
+            module=self._module,
             operation=str(func) if func is not None else "workspace",
             frames=_frames() if self.record_frames else (),
-            in_loss=module in self._loss_modules if node is None else node._sequence_nr() in self._loss_nodes,
+            owner="library_workspace" if func is None else "",
         )
         self.allocations[block] = allocation
         self.events.append(("alloc", allocation))

@@ -105,7 +105,8 @@ def main(config: RunConfig, build: Build, measure: Callable[[RunConfig], int]) -
         if prediction is None:
             smallest = _sized(config, GRANULARITY[config.find_max])
             predict(smallest, build, card=card, limit_bytes=limit)  # raises what does not fit
-        record |= {"peak_memory_bytes": prediction.peak_bytes, "peak_breakdown": prediction.breakdown}
+        record |= {"peak_memory_bytes": prediction.peak_bytes, "breakdown_peak_bytes": prediction.peak_bytes}
+        record |= {"peak_breakdown": prediction.breakdown}
         record |= {"peak_phase": prediction.phases.phase, "peak_reserved_bytes": prediction.peak_reserved_bytes}
         print_rank0(_summary(config, prediction, card, limit))
         if on_gpu:

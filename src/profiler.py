@@ -12,7 +12,9 @@ from torch.utils.tensorboard.summary import hparams
 
 from src.config import RunConfig, Strategy, config_of
 from src.measure import Mark, Measurement, Step
-from src.utils import GIB, MIB, write_atomically
+from src.memory_plot import figure
+from src.snapshot import Timeline
+from src.utils import GIB, MIB, format_bytes, write_atomically
 
 # Columns of TensorBoard's HPARAMS page, which shows the first five: tag -> (key of the record, divisor).
 _RESULTS = {
@@ -25,8 +27,10 @@ _RESULTS = {
 }
 
 
-def write_tensorboard(folder: Path, record: dict[str, Any], measurement: Measurement) -> None:
-    """Scalars per timed step, the configuration as text, and hparams with the run's figures.
+def write_tensorboard(
+    folder: Path, record: dict[str, Any], measurement: Measurement, timeline: Timeline | None = None
+) -> None:
+    """Scalars per timed step, the configuration as text, hparams with the run's figures, and its memory `timeline`.
 
     A run that is repeated replaces its own logs. Times are written for measured runs only.
     """
@@ -46,6 +50,10 @@ def write_tensorboard(folder: Path, record: dict[str, Any], measurement: Measure
         for name in ("config", "environment", "implementations"):
             writer.add_text(name, _markdown_table(record[name]))
         _add_hparams(writer, config, record)
+        if timeline is not None:
+            writer.add_figure("memory/timeline", figure({record["run_name"]: timeline}))
+            parts = {name: format_bytes(count) for name, count in record["peak_breakdown"].items() if count}
+            writer.add_text("peak_breakdown", _markdown_table(parts))
 
 
 def _add_hparams(writer: SummaryWriter, config: RunConfig, record: dict[str, Any]) -> None:

@@ -18,7 +18,9 @@ from src import runtime
 from src.allocator import SimulatedOutOfMemory
 from src.config import RunConfig, UsageError, config_of
 from src.measure import Measurement, PhasePeaks
+from src.snapshot import Timeline, breakdown_table
 from src.utils import (
+    MIB,
     ExitStatus,
     aligned_table,
     check_writable,
@@ -56,7 +58,8 @@ EMPTY: dict[str, Any] = {
     "losses": None,
     "loss": None,  # of the last timed step
     "grad_norm": None,
-    "peak_breakdown": None,
+    "peak_breakdown": None,  # category -> bytes at the peak of the step below, see src/snapshot.py
+    "breakdown_peak_bytes": None,  # peak of the step in which the breakdown was recorded
     "peak_phase": None,
     "phase_peak_bytes": None,
     "kernel_check": None,  # of an interpreted run: one entry per strategy
@@ -115,6 +118,12 @@ def add_phases(record: dict[str, Any], phases: PhasePeaks) -> None:
         "peak_phase": "load" if in_load else phases.phase,
         "phase_peak_bytes": phases.peak_bytes,
     }
+
+
+def add_breakdown(record: dict[str, Any], timeline: Timeline) -> None:
+    """Fill in what the peak of the recorded step is made of."""
+    breakdown = timeline.breakdown()
+    record |= {"peak_breakdown": breakdown, "breakdown_peak_bytes": sum(breakdown.values())}
 
 
 @contextlib.contextmanager
@@ -267,12 +276,21 @@ def summary(record: dict[str, Any]) -> str:
     if record["peak_memory_bytes"] is not None or record["losses"] is not None:
         parts.append(_figures(record))
     if record["peak_breakdown"] is not None:
-        parts.append("At the peak:\n" + breakdown_table(record["peak_breakdown"]))
+        parts.append(breakdown(record))
     if record["status"] == "oom":
         parts.append(_oom_summary(record["error"]))
     if record["status"] == "error":
         parts.append(f"Failed: {record['error']['message']}")
     return "\n\n".join(parts)
+
+
+def breakdown(record: dict[str, Any]) -> str:
+    """What the peak is made of and, of a measured run, how its peak differs from that of the timed steps."""
+    text = "At the peak:\n" + breakdown_table(record["peak_breakdown"])
+    if record["mode"] != "measured":
+        return text
+    difference = (record["breakdown_peak_bytes"] - record["peak_memory_bytes"]) / MIB
+    return f"{text}\nrecorded in one more step, whose peak differs by {difference:+,.1f} MiB"
 
 
 def _figures(record: dict[str, Any]) -> str:
@@ -296,13 +314,6 @@ def _figures(record: dict[str, Any]) -> str:
 def _number(value: float | None) -> str:
     """NaN and infinity are null in a file, and mean the same."""
     return f"{value:.4f}" if value is not None and math.isfinite(value) else "not finite"
-
-
-def breakdown_table(breakdown: dict[str, int]) -> str:
-    """Categories of a peak with their bytes and shares; empty ones are left out."""
-    peak = sum(breakdown.values())
-    rows = [(name.replace("_", " "), format_bytes(count), f"{count / peak:.1%}") for name, count in breakdown.items()]
-    return aligned_table([row for row, count in zip(rows, breakdown.values()) if count])
 
 
 def _speed_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:

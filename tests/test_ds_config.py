@@ -42,7 +42,8 @@ from src.ds_utils import (
 from src.measure import Measurement, PhasePeaks
 from src.model_utils import SHAPES, build_model, load_model_config, parameter_counts
 from src.optimizer_utils import build_scheduler
-from src.utils import GIB, micro_batches
+from src.random_data import micro_batches
+from src.utils import GIB
 from tests.helpers import HUGGING_FACE, ROOT
 
 CPU, META = torch.device("cpu"), torch.device("meta")

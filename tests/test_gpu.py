@@ -8,6 +8,7 @@ import pytest
 from src import records
 from src.config import PRESETS
 from src.measure import PHASES
+from src.snapshot import read
 from src.utils import GIB
 from tests.helpers import ROOT, SCRIPT, run_python
 
@@ -52,14 +53,26 @@ def check_snapshot_and_logs(folder, record):
     assert snapshot["segments"]
     actions = {event["action"] for event in snapshot["device_traces"][0]}
     assert {"alloc", "free_completed"} <= actions
-    if record["script"] == "all_gpu":
-        assert any(event.get("frames") for event in snapshot["device_traces"][0])
+    assert any(event.get("frames") for event in snapshot["device_traces"][0])
+    check_breakdown(folder / "snap_shots" / f"{record['run_name']}.pickle", record)
 
     log_folder = folder / "logs" / record["run_name"]
     events = json.loads((log_folder / "step.pt.trace.json").read_text())["traceEvents"]
     assert set(PHASES) <= {event["name"] for event in events}
     assert "kernel" in {event.get("cat") for event in events}
     assert list(log_folder.glob("events.out.tfevents.*"))
+
+
+def check_breakdown(path, record):
+    breakdown = record["peak_breakdown"]
+    peak = sum(breakdown.values())
+    assert peak == record["breakdown_peak_bytes"] == pytest.approx(record["peak_memory_bytes"], rel=0.02)
+    assert breakdown["unattributed"] < 0.03 * peak
+    assert 0 <= breakdown["allocator_rounding"] < 0.02 * peak + 2**21
+    timeline = read(path)
+    assert timeline.breakdown() == breakdown
+    assert [phase for _, phase in timeline.phases] == list(PHASES)
+    assert timeline.peak_phase == record["peak_phase"]
 
 
 def test_offloaded_run_is_measured_and_both_presets_train_alike(tmp_path, gpu_environment):
