@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from src import interpreter
@@ -13,15 +13,21 @@ from src.runtime import resolve_device
 from src.utils import ExitStatus, error_line
 
 
-def parse_config(description: str | None, defaults: RunConfig, *, cpu_defaults: Mapping[str, Any]) -> RunConfig:
+def parse_config(
+    description: str | None,
+    defaults: RunConfig,
+    *,
+    cpu_defaults: Mapping[str, Any],
+    words: Sequence[str] | None = None,
+) -> RunConfig:
     """The command line as a configuration, of the type of `defaults`, whose device is 'cuda' or 'cpu'.
 
-    `cpu_defaults` replace `defaults` where the run will be on a CPU. Bad arguments end the program with status 2.
+    `words` stand for the command line. `cpu_defaults` replace `defaults` where the run will be on a CPU. Bad arguments end the program with status 2.
     """
     parser = make_parser(description, defaults)
     if isinstance(defaults, OffloadConfig):
         _add_original_flags(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     try:
         plans = _plans(arguments)
         device = "cuda" if plans else resolve_device(arguments.device)
@@ -31,7 +37,7 @@ def parse_config(description: str | None, defaults: RunConfig, *, cpu_defaults: 
         if device == "cpu":
             interpreter.restart_interpreted()
             parser.set_defaults(**cpu_defaults)
-        arguments = parser.parse_args()
+        arguments = parser.parse_args(words)
         return dataclasses.replace(to_config(arguments, type(defaults)), device=device)
     except UsageError as error:
         error_line(error)

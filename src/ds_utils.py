@@ -166,12 +166,15 @@ class OffloadExperiment:
     def resident(self) -> dict[str, list[torch.Tensor]]:
         """What stays on the GPU between steps, by what it is for."""
         optimizer = self.engine.optimizer
-        states = [list(state.values()) for state in optimizer.optimizer.state.values()]
-        return {
-            "parameters": list(self.model.parameters()),
-            "gradient_buckets": list(tensors_in([bucket.buffer for bucket in optimizer.ipg_buckets.values()])),
-            "optimizer_state": list(tensors_in([*states, getattr(optimizer, "fp32_partitioned_groups_flat", [])])),
-        }
+        found: dict[str, list[torch.Tensor]] = {"gradient_reduction": [], "optimizer_state": []}
+        for name, value in vars(optimizer).items():
+            category = "gradient_reduction" if "grad" in name or "bucket" in name else "optimizer_state"
+            found[category] += tensors_in(value)
+        for states in (optimizer.optimizer, getattr(optimizer, "backup_optimizer", None)):
+            found["optimizer_state"] += tensors_in([] if states is None else states.state)
+        masters = [tensor for tensor in found["optimizer_state"] if tensor.is_leaf and tensor.grad is not None]
+        found["gradient_reduction"] += [master.grad for master in masters]
+        return found | {"parameters": list(self.model.parameters())}
 
     def gradients(self) -> list[torch.Tensor]:
         """None are left when the optimizer begins: each goes to the host as it is made."""

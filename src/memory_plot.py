@@ -16,7 +16,7 @@ COLOURS = {
     "parameters": "#08306b",
     "gathered_parameters": "#4a78b5",
     "gradients": "#6baed6",
-    "gradient_buckets": "#a6cee8",
+    "gradient_reduction": "#a6cee8",
     "optimizer_state": "#c6dbef",
     "optimizer_temporaries": "#dfe9f3",
     "checkpoints": "#1b5e20",

@@ -34,7 +34,7 @@ CATEGORIES = (
     "parameters",
     "gathered_parameters",  # under ZeRO-3: weights fetched for their use
     "gradients",
-    "gradient_buckets",  # under ZeRO-3: gradients on their way to the host
+    "gradient_reduction",  # under ZeRO-3: gradients on their way to the host, their copies and norms
     "optimizer_state",
     "optimizer_temporaries",
     "checkpoints",  # the layer inputs that gradient checkpointing keeps
@@ -330,7 +330,7 @@ def _by_label(block: Block) -> str:
         return "optimizer_temporaries"
     module = block.module
     if module in (GATHER, REDUCE):
-        return {GATHER: "gathered_parameters", REDUCE: "gradient_buckets"}[module]
+        return {GATHER: "gathered_parameters", REDUCE: "gradient_reduction"}[module]
     parts = module.split(".")
     if parts[0] == LOSS_MODULE or parts[-1] == "lm_head":
         return "logits_and_loss"
