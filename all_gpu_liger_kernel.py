@@ -27,6 +27,7 @@ from src.model_utils import build_model, flops_per_step, implementations
 from src.optimizer_utils import build_loss_scaler, build_optimizer
 from src.profiler import trace_step, write_tensorboard
 from src.random_data import random_batch, set_seed
+from src.recording import add_measurement, add_phases, new_record, recording
 from src.runtime import CudaRuntime, Runtime
 from src.utils import print_rank0
 
@@ -80,8 +81,8 @@ def main(config: RunConfig) -> int:
     if config.device == "cpu":
         return kernel_check.main(config, build_experiment, DEFAULTS)
     runtime = CudaRuntime(config)
-    record = records.new_record("measured", config, runtime.device)
-    with records.recording(record, config):
+    record = new_record("measured", config, runtime.device)
+    with recording(record, config):
         runtime.reset_peak()
         experiment = build_experiment(config, runtime)
         record |= {
@@ -90,8 +91,8 @@ def main(config: RunConfig) -> int:
             "load_peak_bytes": runtime.peak_bytes()[0],
         }
         measurement = measure(experiment.step, runtime, warmup=config.warmup, iterations=config.iterations)
-        records.add_measurement(record, measurement)
-        records.add_phases(record, measure_phases(experiment.step, runtime, experiment.grad_norm))
+        add_measurement(record, measurement)
+        add_phases(record, measure_phases(experiment.step, runtime, experiment.grad_norm))
     print_rank0(records.report(record, config))
     # The record is safe by now, whatever becomes of the diagnostic steps.
     if record["status"] == "ok":

@@ -38,6 +38,7 @@ from src.measure import Mark, measure, measure_phases, no_mark
 from src.model_utils import flops_per_step, implementations
 from src.profiler import trace_step, write_tensorboard
 from src.random_data import micro_batches, set_seed
+from src.recording import add_measurement, add_phases, new_record, recording
 from src.runtime import CudaRuntime, HostRuntime, Runtime, host_peak_bytes
 from src.utils import is_rank0, keep_out_of_garbage_collection, print_rank0
 
@@ -91,8 +92,8 @@ def main(config: OffloadConfig) -> int:
         interpreter.enable()
         print_rank0("No GPU in use: DeepSpeed's CPU accelerator, the Liger kernels in Triton's interpreter.")
     runtime = CudaRuntime(config) if on_gpu else HostRuntime()
-    record = records.new_record("measured" if on_gpu else "interpreted", config, device)
-    with records.recording(record, config, keeps=is_rank0()):
+    record = new_record("measured" if on_gpu else "interpreted", config, device)
+    with recording(record, config, keeps=is_rank0()):
         runtime.reset_peak()
         experiment = build_experiment(config, runtime)
         keep_out_of_garbage_collection()
@@ -102,9 +103,9 @@ def main(config: OffloadConfig) -> int:
             "load_peak_bytes": max_over_ranks(runtime.peak_bytes()[0]),
         }
         measurement = over_ranks(measure(experiment.step, runtime, warmup=config.warmup, iterations=config.iterations))
-        records.add_measurement(record, measurement)
+        add_measurement(record, measurement)
         phases = measure_phases(experiment.step, runtime, lambda: None)
-        records.add_phases(record, phases_over_ranks(phases, experiment.grad_norm()))
+        add_phases(record, phases_over_ranks(phases, experiment.grad_norm()))
         record["host_peak_bytes"] = sum_over_ranks(host_peak_bytes())
         if on_gpu:
             experiment.finish_updates()

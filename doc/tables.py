@@ -3,14 +3,15 @@
 python -m doc.tables measured doc/data > doc/measured.md
 python -m doc.tables predicted doc/data > doc/predicted_vs_measured.md
 python -m doc.tables offload doc/data > doc/offload.md
-python -m doc.tables levers doc/data > doc/levers.md
+python -m doc.tables levers doc/data/h200_offload > doc/levers.md
+python -m doc.tables peak doc/data > doc/peak.md
 """
 
 import argparse
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +21,23 @@ import all_gpu_liger_kernel as single_gpu
 from doc.levers import LEVERS
 from src import records
 from src.allocator import SimulatedOutOfMemory
-from src.config import DTYPES, PRESETS, STRATEGIES, OffloadConfig, RunConfig, UsageError, config_of
+from src.config import DTYPES, PRESETS, RunConfig, Strategy, UsageError, config_of
 from src.dry_run import predict
 from src.fake_gpu import H100
+from src.figures import setting_words
 from src.model_utils import SHAPES, TORCH_DTYPES
-from src.utils import GIB, error_line
+from src.snapshot import waterfall
+from src.tables import markdown
+from src.utils import GIB, MIB, error_line
 
 
-def load_all(folder: Path, script: str = "all_gpu") -> list[dict[str, Any]]:
-    """Every measured record of a script below `folder`, ordered by model, settings, tokens and kernels."""
-    loaded = [records.load(path) for path in sorted(folder.rglob("*.json"))]
-    runs = [r for r in loaded if r["mode"] == "measured" and r["script"] == script]
+def load_all(folder: Path, script: str | None = "all_gpu") -> list[dict[str, Any]]:
+    """Every measured record of a script, or of both, below `folder`, by model, settings, tokens and kernels."""
+    order = {"all_gpu": _order, "deepspeed": _offload_order}
+    runs = [r for r in records.load_all([folder]) if r["mode"] == "measured" and script in (None, r["script"])]
     if not runs:
-        raise UsageError(f"no measured records of the {script} script below {folder}")
-    return sorted(runs, key={"all_gpu": _order, "deepspeed": _offload_order}[script])
+        raise UsageError(f"no measured records of {script or 'any'} script below {folder}")
+    return [run for name in order for run in sorted((r for r in runs if r["script"] == name), key=order[name])]
 
 
 def _order(record: dict[str, Any]) -> tuple:
@@ -69,26 +73,15 @@ def _offload_order(record: dict[str, Any]) -> tuple:
     )
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table whose columns after the first are right-aligned."""
-    lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def strategy_name(config: RunConfig) -> str:
-    """The study's name of a strategy, or the kernels that are on."""
-    names = [name for name, strategy in STRATEGIES.items() if strategy == config.strategy]
-    return names[0] if names else " + ".join(config.strategy.kernels) + " only"
-
-
-def _cell(config: RunConfig) -> list[str]:
+def _cell(record: dict[str, Any]) -> list[str]:
     """What tells a run apart from the others in a table."""
+    config = config_of(record)
     model = config.model_name.removeprefix("meta-llama/").removesuffix("-Instruct")
     settings = [config.dtype, *([] if config.optimizer == "adamw_fused" else [config.optimizer])]
     settings += [] if config.memory_limit_gib is None else [f"limit {config.memory_limit_gib:g} GiB"]
     checkpointing = "yes" if config.gradient_checkpointing else "no"
     sizes = f"{config.batch_size} x {config.seq_length}"
-    return [strategy_name(config), model, ", ".join(settings), checkpointing, sizes]
+    return [config.strategy.title, model, ", ".join(settings), checkpointing, sizes, _gpu(record)]
 
 
 def machines(runs: list[dict[str, Any]]) -> str:
@@ -110,7 +103,8 @@ def offload_table(runs: list[dict[str, Any]]) -> str:
     rows = []
     for record in runs:
         config = config_of(record)
-        cell = [_offload_settings(config), strategy_name(config), f"{config.batch_size} x {config.seq_length}"]
+        sizes = f"{config.batch_size} x {config.seq_length}"
+        cell = [_offload_settings(record), config.strategy.title, sizes, _gpu(record)]
         if record["status"] == "oom":
             rows.append([*cell, "OOM", "", "", "", "", ""])
             continue
@@ -125,41 +119,95 @@ def offload_table(runs: list[dict[str, Any]]) -> str:
                 f"{record['host_peak_bytes'] / GIB:,.1f}",
             ]
         )
-    header = ["preset, and what differs from it", "kernels", "batch x seq", "peak GiB", "ms a step (median ± IQR/2)"]
-    return markdown([*header, "tokens/s", "floor ms", "times the floor", "host GiB"], rows)
+    header = ["preset, and what differs from it", "kernels", "batch x seq", "GPU", "peak GiB"]
+    return markdown(
+        [*header, "ms a step (median ± IQR/2)", "tokens/s", "floor ms", "times the floor", "host GiB"], rows
+    )
 
 
 def levers_table(runs: list[dict[str, Any]]) -> str:
     """A row for each lever that has a record."""
-    by_name = {run["run_name"]: run for run in runs}
+    found = {(run["run_name"], *_variables(run)): run for run in runs}
     rows = []
     for lever in LEVERS:
-        if lever.run_name in by_name:
-            run = by_name[lever.run_name]
+        run = found.get((lever.run_name, *lever.variables.split()))
+        if run is not None:
             measured = [_milliseconds(run, 0), f"{run['peak_memory_bytes'] / GIB:,.2f}"]
-            flags = f"`{lever.flags}`" if lever.flags else "none"
+            flags = " ".join(filter(None, (lever.variables, lever.flags)))
+            flags = f"`{flags}`" if flags else "none"
             rows.append([lever.what, flags, lever.predicted, *measured, lever.verdict])
     header = ["lever", "flags", "predicted", "measured ms a step (median ± IQR/2)", "peak GiB", "verdict"]
     return markdown(header, rows).replace("---:", ":---", 2)
 
 
-def _offload_settings(config: OffloadConfig) -> str:
+def _offload_settings(record: dict[str, Any]) -> str:
     """The preset and every setting that differs from it, except for those with a column."""
-    usual = OffloadConfig(preset=config.preset, **PRESETS[config.preset])
-    shown = {"batch_size", "seq_length", "strategy", "device", "result_dir", "snapshot_dir", "log_dir", "debug"}
-    names = [f.name for f in dataclasses.fields(config) if f.name not in shown]
-    differing = [name for name in names if getattr(config, name) != getattr(usual, name)]
-    return ", ".join([config.preset, *(f"{name} {getattr(config, name)}" for name in differing)])
+    config = config_of(record)
+    return ", ".join([config.preset, *config.unusual("preset", "batch_size", "seq_length"), *_variables(record)])
 
 
-CELL_HEADER = ["kernels", "model", "settings", "checkpointing", "batch x seq"]
+def _gpu(record: dict[str, Any]) -> str:
+    """The GPU's short name."""
+    return record["environment"]["gpu"].removeprefix("NVIDIA ").split()[0]
+
+
+def _variables(run: dict[str, Any]) -> list[str]:
+    """The environment variables of a run that bear on its threads."""
+    return [f"{name}={value}" for name, value in (run["environment"].get("omp") or {}).items()]
+
+
+def peak_table(runs: list[dict[str, Any]]) -> str:
+    """What the peaks of runs with and without Liger kernels are made of, and what the kernels took away.
+
+    Shows each pair of committed runs, of any script, that differ in all kernels and in nothing else.
+    """
+    return "\n\n".join(_peak_pair(none, every) for none, every in _pairs(runs))
+
+
+def _pairs(runs: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Runs with a breakdown without any and with all Liger kernels, otherwise the same."""
+    told = {(run["environment"]["gpu"], run["script"], run["run_name"]): run for run in runs if run["peak_breakdown"]}
+    pairs = []
+    for (gpu, script, _), run in told.items():
+        config = config_of(run)
+        other = (gpu, script, dataclasses.replace(config, strategy=Strategy()).run_name)
+        if config.strategy == Strategy.only() and other in told:
+            pairs.append((run, told[other]))
+    return pairs
+
+
+def _peak_pair(none: dict[str, Any], every: dict[str, Any]) -> str:
+    config, a, b = config_of(none), none["peak_breakdown"], every["peak_breakdown"]
+    peaks = sum(a.values()), sum(b.values())
+    changes = [*sorted(waterfall(a, b), key=lambda row: row[3]), ("peak", *peaks, peaks[1] - peaks[0])]
+    rows = [
+        [name.replace("_", " "), f"{first / MIB:,.1f}", f"{second / MIB:,.1f}", f"{change / MIB:+,.1f}"]
+        for name, first, second, change in changes
+    ]
+    titles = [f"{title}, MiB" for title in (config.strategy.title, config_of(every).strategy.title)]
+    text = (
+        f"Without Liger's kernels the peak comes in the {none['peak_phase']} phase, and logits and what the loss makes "
+        f"of them are {a['logits_and_loss'] / peaks[0]:.0%} of it. Fused linear cross-entropy never has them whole: "
+        f"with all kernels the peak is {peaks[1] / peaks[0]:.0%} of that, in the {every['peak_phase']} phase, and its "
+        f"largest part is {_largest(b)}."
+    )
+    title = f"## {setting_words(none)}, {config.batch_size} x {config.seq_length} tokens"
+    return "\n\n".join([title, markdown(["at the peak", *titles, "difference"], rows), text])
+
+
+def _largest(breakdown: dict[str, int]) -> str:
+    name = max(breakdown, key=breakdown.__getitem__)
+    return f"{name.replace('_', ' ')}, {breakdown[name] / sum(breakdown.values()):.0%}"
+
+
+CELL_HEADER = ["kernels", "model", "settings", "checkpointing", "batch x seq", "GPU"]
 
 
 def measured_table(runs: list[dict[str, Any]]) -> str:
     """Peak, latency, throughput and MFU of each run."""
     rows = []
     for record in runs:
-        cell = _cell(RunConfig.from_dict(record["config"]))
+        cell = _cell(record)
         if record["status"] == "oom":
             rows.append([*cell, "OOM", "", "", ""])
         else:
@@ -182,7 +230,7 @@ def predicted_table(runs: list[dict[str, Any]]) -> str:
             figures = [f"{measured / GIB:,.3f}", f"{predicted / GIB:,.3f}", f"{errors[-1]:+.3%}"]
         else:
             figures = ["OOM", "fits" if _fits(config, record) else "OOM", ""]
-        rows.append([*_cell(config), *figures, *others])
+        rows.append([*_cell(record), *figures, *others])
     header = [*CELL_HEADER, "measured GiB", "predicted GiB", "error", "accelerate", "DeepSpeed"]
     worst = max(abs(error) for error in errors)
     return f"{markdown(header, rows)}\n\n{len(errors)} peaks; the largest error is {worst:.3%}."
@@ -226,10 +274,11 @@ def _weights(model_name: str) -> int:
 
 
 # Name -> title, the script whose records it shows, and what makes it of them.
-TABLES: dict[str, tuple[str, str, Callable[[list[dict[str, Any]]], str]]] = {
+TABLES: dict[str, tuple[str, str | None, Callable[[list[dict[str, Any]]], str]]] = {
     "measured": ("Measured peak memory and speed, one GPU", "all_gpu", measured_table),
     "predicted": ("Predicted and measured peak memory, one GPU", "all_gpu", predicted_table),
     "offload": ("Measured peak memory and speed, ZeRO-3 offload", "deepspeed", offload_table),
+    "peak": ("What the peak is made of, with and without Liger kernels", None, peak_table),
     "levers": ("What makes an offloaded step faster: Llama 3.2 1B, all kernels, 4 x 1024", "deepspeed", levers_table),
 }
 

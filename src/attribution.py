@@ -16,6 +16,7 @@ import torch
 from src import records
 from src.config import RunConfig
 from src.measure import Mark, Step, no_mark
+from src.recording import add_breakdown
 from src.snapshot import LOSS_MODULE, OWNER, PEAK, PHASE, Timeline, save, timeline
 
 # Allocator events kept: one step of an 8B model without gradient checkpointing has about 10,000.
@@ -225,7 +226,7 @@ def record_breakdown(
     if keeps:
         if config.snapshot_dir:
             save(snapshot, config.snapshot_file)
-        records.add_breakdown(record, found)
+        add_breakdown(record, found)
         records.save(record, config.record_file)
     return found
 

@@ -22,7 +22,8 @@ def parse_config(
 ) -> RunConfig:
     """The command line as a configuration, of the type of `defaults`, whose device is 'cuda' or 'cpu'.
 
-    `words` stand for the command line. `cpu_defaults` replace `defaults` where the run will be on a CPU. Bad arguments end the program with status 2.
+    `words` stand for the command line. `cpu_defaults` replace `defaults` where the run will be on a CPU. Bad arguments
+    end the program with status 2.
     """
     parser = make_parser(description, defaults)
     if isinstance(defaults, OffloadConfig):

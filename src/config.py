@@ -55,6 +55,12 @@ class Strategy:
         """Names of the kernels that are on, in field order."""
         return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name))
 
+    @property
+    def title(self) -> str:
+        """The study's name for it, or the kernels that are on."""
+        names = (name for name, strategy in STRATEGIES.items() if strategy == self)
+        return next(names, " + ".join(self.kernels) + " only")
+
     @classmethod
     def only(cls, *kernels: str) -> "Strategy":
         """The strategy with exactly these kernels on."""
@@ -155,15 +161,28 @@ class RunConfig:
     @property
     def run_name(self) -> str:
         """The original's name, then every setting that differs from the study's: different runs, different names."""
-        name = self._original_name()
+        name = self._original_name() + self.settings_name
+        # File systems take names of 255 bytes, and a suffix follows.
+        return name if len(name) < 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+    @property
+    def settings_name(self) -> str:
+        """The part of the run name that says which settings differ from the study's."""
+        name = ""
         for f in dataclasses.fields(self):
             value, tag = getattr(self, f.name), f.metadata.get("tag")
             # A name does not depend on whether the GPU was asked for or found.
             if tag is None or value == self._usual(f) or (f.name, value) == ("device", "cuda"):
                 continue
             name += f"_{tag}{_name_part(value)}"
-        # File systems take names of 255 bytes, and a suffix follows.
-        return name if len(name) < 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        return name
+
+    def unusual(self, *left_out: str) -> list[str]:
+        """Name and value of each setting that differs from the usual, but for those `left_out` and folders."""
+        hidden = {*left_out, "strategy", "device", "result_dir", "snapshot_dir", "log_dir", "debug"}
+        fields = [f for f in dataclasses.fields(self) if f.name not in hidden]
+        differing = [f.name for f in fields if getattr(self, f.name) != self._usual(f)]
+        return [f"{name} {getattr(self, name)}" for name in differing]
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, the strategy's among them, as JSON values."""

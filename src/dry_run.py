@@ -20,6 +20,7 @@ from src.experiment import Build, Experiment
 from src.fake_gpu import H100, Card, FakeGpu
 from src.measure import Mark, PhasePeaks, measure_phases, no_mark
 from src.model_utils import flops_per_step, implementations, patched
+from src.recording import new_record, recording
 from src.simulated_snapshot import simulated_snapshot
 from src.snapshot import CATEGORIES, save, timeline
 from src.utils import GIB, aligned_table, format_bytes, print_rank0
@@ -173,9 +174,9 @@ def fill_record(record: dict[str, Any], prediction: Prediction) -> None:
 def main(config: RunConfig, build: Build) -> int:
     """Predict the experiment, record and print it; returns the exit status, 3 if it does not fit the card asked for."""
     limit = limit_bytes(config)
-    record = records.new_record("predicted", config, torch.device("cpu"))
+    record = new_record("predicted", config, torch.device("cpu"))
     record["simulated_gpu"] = H100.name
-    with records.recording(record, config):
+    with recording(record, config):
         prediction = predict(config, build, record_frames=bool(config.snapshot_dir))
         fill_record(record, prediction)
         if config.snapshot_dir:

@@ -13,6 +13,7 @@ from src.dry_run import Prediction, limit_bytes, predict
 from src.experiment import Build
 from src.fake_gpu import H100, Card, this_card
 from src.model_utils import load_model_config
+from src.recording import new_record, recording
 from src.utils import GIB, format_bytes, print_rank0
 
 # Sizes are searched in these steps.
@@ -97,8 +98,8 @@ def main(config: RunConfig, build: Build, measure: Callable[[RunConfig], int]) -
     on_gpu = torch.cuda.is_available() and not config.dry_run
     card = this_card() if on_gpu else H100
     limit = limit_bytes(config) or card.memory_bytes - card.context_bytes
-    record = records.new_record("predicted", config, torch.device("cpu"))
-    with records.recording(record, config):
+    record = new_record("predicted", config, torch.device("cpu"))
+    with recording(record, config):
         size, prediction = predicted_frontier(config, build, card, limit)
         frontier: dict[str, Any] = {"searched": config.find_max, "limit_bytes": limit, "predicted": size}
         record |= {"frontier": frontier, "simulated_gpu": card.name}

@@ -19,6 +19,7 @@ from src.fake_gpu import H100
 from src.measure import Measurement, PhasePeaks, measure, measure_phases
 from src.model_utils import SHAPES, implementations, patched
 from src.profiler import write_tensorboard
+from src.recording import add_measurement, add_phases, new_record, recording
 from src.runtime import CpuRuntime
 from src.utils import ExitStatus, aligned_table, format_bytes
 
@@ -119,15 +120,15 @@ def main(config: RunConfig, build: Build, full_size: RunConfig) -> int:
         raise UsageError(f"{config.model_name} needs a GPU: Triton's interpreter is too slow for it; use tiny-llama")
     interpreter.enable()
     print("No GPU in use: checking the Liger kernels against Hugging Face's code on the CPU, in Triton's interpreter.")
-    record = records.new_record("interpreted", config, torch.device("cpu"))
-    with records.recording(record, config):
+    record = new_record("interpreted", config, torch.device("cpu"))
+    with recording(record, config):
         strategies = _strategies(config.strategy)
         variants = [train(dataclasses.replace(config, strategy=strategy), build) for strategy in strategies]
         rows = [compare(strategy, variant, variants[0]) for strategy, variant in zip(strategies, variants)]
         variant = variants[-1]
         record |= {"implementations": variant.implementations, "kernel_check": rows}
-        records.add_measurement(record, variant.measurement)
-        records.add_phases(record, variant.phases)
+        add_measurement(record, variant.measurement)
+        add_phases(record, variant.phases)
         if config.log_dir:
             write_tensorboard(config.log_folder, record, variant.measurement)
     steps = f"{config.iterations} training steps, {config.batch_size} x {config.seq_length} tokens, fp32"

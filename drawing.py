@@ -1,0 +1,56 @@
+"""Draws the study's figures from records, and lists them in a table.
+
+    python drawing.py                      # the records in results/, or those of the study if there are none
+    python drawing.py results doc/data     # records of several folders
+    python drawing.py --table markdown     # or csv: a table in place of figures
+
+Writes PNG files into the current folder: throughput and peak memory by batch size (comparison_2_strategies.png,
+comparison_3_strategies.png) and by sequence length at batch 4 (comparison_fixed_batch_4_2_strategies.png,
+comparison_fixed_batch_4_3_strategies.png), latency.png, and predicted_vs_measured.png where predictions are among the
+records. Runs with other settings are drawn by themselves, the settings added to the file's name.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from src import figures, records, tables
+from src.config import UsageError
+from src.utils import ExitStatus, error_line
+
+STUDY = Path(__file__).parent / "doc" / "data" / "study"
+
+
+def load(folders: list[Path]) -> list[dict]:
+    """The records in `folders`, or the study's if none are named and there are none of the user's own."""
+    found = records.load_all(folders or [Path("results")])
+    if not found and not folders:
+        print("No records in results/: these are the study's own.")
+        found = records.load_all([STUDY])
+    if not found:
+        raise UsageError(f"no records below {', '.join(map(str, folders))}")
+    return found
+
+
+def main() -> int:
+    """Draw or list the records; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="*")
+    parser.add_argument("--table", choices=tables.FORMATS, help="print a table and draw nothing")
+    arguments = parser.parse_args()
+    try:
+        found = load(arguments.folder)
+        if arguments.table:
+            print(tables.FORMATS[arguments.table](tables.runs_table(found)))
+            return ExitStatus.DONE
+        for name, figure in figures.all_figures(found):
+            figure.savefig(name, dpi=150)
+            print(name)
+    except UsageError as error:
+        error_line(error)
+        return ExitStatus.BAD_ARGUMENTS
+    return ExitStatus.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""Runs a grid of experiments with either script; survives whatever becomes of a single one, and goes on where it was.
+
+    python -m src.sweep study --dry_run                                     # predict the original's grids, no GPU
+    python -m src.sweep study --script deepspeed --preset fast              # measure them
+    python -m src.sweep study --script deepspeed --memory_limit_gib 24      # as on a 24 GB card
+    python -m src.sweep batch_size=1,2,4 seq_length=512 strategy=none,all --dtype fp32
+
+A grid is `batch` (the original's batch sizes at 1024 tokens), `sequence` (its lengths at batch 4), `study` (both) or
+axes like batch_size=1,2,4; strategies are none, no_flce, all or kernels like rope+flce. Other flags go to the script
+as they are. Each cell leaves its record in --result_dir; what has one is not run again. A cell that crashes, hangs or
+is killed is recorded as that, and the sweep goes on. Cells beyond one that ran out of memory with the same settings
+are not run but recorded as `inferred`; --every_cell runs them.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from src import records
+from src.cli import parse_config, run
+from src.config import STRATEGIES, RunConfig, Strategy, UsageError
+from src.utils import GIB, ExitStatus, error_line
+
+_BATCH = {"seq_length": ["1024"], "batch_size": ["1", "4", "8", "16", "32", "64", "96", "112"]}
+_SEQUENCE = {
+    "batch_size": ["4"],
+    "seq_length": ["512", "1024", "2048", "4096", "8192", "12288", "16384", "24576"],
+}
+# The original's two grids: name -> axes of each part.
+GRIDS: dict[str, list[dict[str, list[str]]]] = {
+    "batch": [_BATCH],
+    "sequence": [_SEQUENCE],
+    "study": [_BATCH, _SEQUENCE],
+}
+STRATEGY_NAMES = dict(zip(("none", "no_flce", "all"), STRATEGIES.values(), strict=True))
+
+SCRIPTS = {"all_gpu": "all_gpu_liger_kernel", "deepspeed": "deepspeed_liger_kernel"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment of the grid."""
+
+    config: RunConfig
+    arguments: tuple[str, ...]  # of the script
+
+    @property
+    def label(self) -> str:
+        """What tells it apart, for a person."""
+        return f"{self.config.strategy.title}, {self.config.batch_size} x {self.config.seq_length}"
+
+
+def grid_axes(words: Sequence[str]) -> list[dict[str, list[str]]]:
+    """The axes of each part of the grid that `words` name. Raises `UsageError`."""
+    if len(words) == 1 and words[0] in GRIDS:
+        return GRIDS[words[0]]
+    axes: dict[str, list[str]] = {}
+    for word in words:
+        name, separator, values = word.partition("=")
+        if not separator or not all(values.split(",")):
+            raise UsageError(f"{word!r} is no grid: take one of {', '.join(GRIDS)}, or axes like batch_size=1,2,4")
+        if name in axes:
+            raise UsageError(f"{name} is given twice")
+        axes[name] = values.split(",")
+    return [axes]
+
+
+def strategy_of(word: str) -> Strategy:
+    """The strategy that a word on the command line names. Raises `UsageError`."""
+    return STRATEGY_NAMES[word] if word in STRATEGY_NAMES else Strategy.only(*word.split("+"))
+
+
+def cells_of(axes: Sequence[dict[str, list[str]]], script: str, flags: Sequence[str]) -> list[Cell]:
+    """Every cell of the grid once: strategy by strategy, the smallest first, so that the largest can be inferred."""
+    found: dict[str, Cell] = {}
+    for part in axes:
+        names = [name for name in part if name != "strategy"]
+        for word in part.get("strategy", list(STRATEGY_NAMES)):
+            for values in itertools.product(*(part[name] for name in names)):
+                sizes = [f"--{name}={value}" for name, value in zip(names, values)]
+                cell = _cell(script, [*_kernel_flags(strategy_of(word)), *sizes, *flags])
+                found.setdefault(cell.config.run_name, cell)
+    order = {strategy: i for i, strategy in enumerate(dict.fromkeys(c.config.strategy for c in found.values()))}
+    return sorted(found.values(), key=lambda cell: (order[cell.config.strategy], cell.config.tokens_per_step))
+
+
+def _kernel_flags(strategy: Strategy) -> list[str]:
+    fields = dataclasses.fields(Strategy)
+    return [f"--{field.metadata['flag']}={int(getattr(strategy, field.name))}" for field in fields]
+
+
+def _cell(script: str, arguments: list[str]) -> Cell:
+    module = importlib.import_module(SCRIPTS[script])
+    cpu_defaults = getattr(module, "CPU_DEFAULTS", None) or module.kernel_check.DEFAULTS
+    config = parse_config(None, module.DEFAULTS, cpu_defaults=cpu_defaults, words=arguments)
+    return Cell(config, tuple(arguments))
+
+
+class Sweep:
+    """Runs cells one after the other, each in a process forked from this one, which has imported everything.
+
+    A process of its own because Liger's patches cannot be undone and a GPU that ran out of memory starts clean; forked
+    because importing takes longer than most cells. This process must never initialise CUDA.
+    """
+
+    def __init__(self, cells: Sequence[Cell], *, timeout_s: float, every_cell: bool) -> None:
+        self._cells = cells
+        self._timeout_s = timeout_s
+        self._every_cell = every_cell
+        self._environment: dict[str, Any] | None = None
+
+    def run(self) -> int:
+        """Run what has no record yet; returns the exit status."""
+        done = {cell.config.run_name: told for cell in self._cells if (told := finished_record(cell.config))}
+        self._check_machine(done)
+        waiting = [cell for cell in self._cells if cell.config.run_name not in done]
+        if done:
+            print(f"{len(done)} of {len(self._cells)} cells have a record already: not run again")
+        failed = 0
+        with tqdm(total=len(waiting), unit="cell", disable=None) as progress:
+            for cell in waiting:
+                progress.set_description(cell.label)
+                reason = None if self._every_cell else self._too_large(cell.config, done)
+                started = time.monotonic()
+                record = self._infer(cell, reason) if reason else self._measure(cell)
+                done[cell.config.run_name] = record
+                failed += record["status"] == "error"
+                progress.write(f"{time.monotonic() - started:6.1f} s  {cell.label}: {outcome(record)}")
+                progress.update()
+        if failed:
+            error_line(f"{failed} cells failed; their records say why, and the next sweep tries them again")
+        return ExitStatus.FAILED if failed else ExitStatus.DONE
+
+    def _check_machine(self, done: dict[str, dict[str, Any]]) -> None:
+        gpus = {record["environment"]["gpu"] for record in done.values() if record["mode"] == "measured"}
+        if gpus - {self._facts()["gpu"]}:
+            folder = self._cells[0].config.result_dir
+            raise UsageError(f"{folder} has records of {', '.join(map(str, gpus))}: take another --result_dir")
+
+    @staticmethod
+    def _too_large(config: RunConfig, done: dict[str, dict[str, Any]]) -> str | None:
+        """The run that shows that `config` does not fit: no larger, otherwise the same, and out of memory."""
+        for name, record in done.items():
+            if record["status"] != "oom" or record["mode"] == "inferred":
+                continue
+            sizes = {size: record["config"][size] for size in ("batch_size", "seq_length")}
+            smaller = all(size <= getattr(config, field) for field, size in sizes.items())
+            if smaller and dataclasses.replace(config, **sizes).run_name == name:
+                return name
+        return None
+
+    def _infer(self, cell: Cell, reason: str) -> dict[str, Any]:
+        return self._write(cell, "inferred", "oom", "Inferred", f"not run: {reason} ran out of memory")
+
+    def _write(self, cell: Cell, mode: str, status: str, kind: str, message: str) -> dict[str, Any]:
+        """Record for a cell what it could not record itself."""
+        facts = dict.fromkeys(("requested_bytes", "free_bytes", "allocated_bytes")) if status == "oom" else {}
+        record = records.EMPTY | {
+            "run_name": cell.config.run_name,
+            "script": cell.config.script,
+            "mode": mode,
+            "status": status,
+            "config": cell.config.to_dict(),
+            "environment": self._facts() | {"argv": [SCRIPTS[cell.config.script] + ".py", *cell.arguments]},
+            "error": {"type": kind, "message": message, **facts},
+        }
+        records.save(record, cell.config.record_file)
+        return record
+
+    def _measure(self, cell: Cell) -> dict[str, Any]:
+        """Run a cell and read its record; if it left none, write one that says what happened."""
+        started = time.time()
+        log = cell.config.record_file.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        ending = self._run_child(cell, log)
+        mode = "predicted" if cell.config.dry_run else {"cuda": "measured", "cpu": "interpreted"}[cell.config.device]
+        record = _record_since(started, cell.config.record_file)
+        if record is None:
+            return self._write(cell, mode, "error", *_what_happened(ending, log))
+        if record["status"] != "error":
+            log.unlink(missing_ok=True)
+        return record
+
+    def _run_child(self, cell: Cell, log: Path) -> int | None:
+        """Exit status of the cell, negative if a signal ended it, None if it took too long."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            _become(cell, log)
+        try:
+            return _wait(child, self._timeout_s)
+        finally:
+            _end_group(child)
+
+    def _facts(self) -> dict[str, Any]:
+        """The environment as a cell would record it, read in a child: it initialises CUDA."""
+        if self._environment is None:
+            self._environment = _facts_of(self._cells[0].config)
+        return self._environment
+
+
+def _become(cell: Cell, log: Path) -> None:
+    """In the child: be the script, with what it prints going to `log`. Does not return."""
+    status = ExitStatus.FAILED
+    try:
+        os.setsid()  # so that whatever it starts can be ended with it
+        with log.open("w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        name = SCRIPTS[cell.config.script]
+        sys.argv = [f"{name}.py", *cell.arguments]
+        status = run(importlib.import_module(name).main, cell.config)
+        sys.stdout.flush()
+    except BaseException as error:
+        error_line(f"{type(error).__name__}: {error}")
+    finally:
+        os._exit(status)  # what the parent registered for its own end is not the child's
+
+
+def _wait(child: int, timeout_s: float) -> int | None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    return None
+
+
+def _end_group(child: int) -> None:
+    """End what is left of a child and of what it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(child, 0)
+
+
+def _record_since(moment: float, path: Path) -> dict[str, Any] | None:
+    """The record in `path` if it was written since `moment` and is one."""
+    try:
+        return records.load(path) if path.stat().st_mtime >= moment - 1e-2 else None
+    except (OSError, UsageError):
+        return None
+
+
+def _what_happened(ending: int | None, log: Path) -> tuple[str, str]:
+    """Type and message of the error of a cell that left no record."""
+    if ending is None:
+        return "TimedOut", "it took too long and was ended"
+    if ending < 0:
+        name = signal.Signals(-ending).name
+        hint = "; the system may have had too little host memory" if name == "SIGKILL" else ""
+        return "Killed", f"ended by {name}{hint}"
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+    return "Failed", f"exit status {ending}: {told.removeprefix('error: ') or 'it printed nothing'}"
+
+
+def _facts_of(config: RunConfig) -> dict[str, Any]:
+    """`runtime.environment` of the device of `config`, from a child process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            import torch
+
+            from src.runtime import environment
+
+            with os.fdopen(writing, "w") as file:
+                json.dump(environment(torch.device("cpu" if config.dry_run else config.device)), file)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        text = file.read()
+    os.waitpid(child, 0)
+    if not text:
+        raise UsageError("the GPU cannot be used: run the script by itself to see why")
+    return json.loads(text)
+
+
+def finished_record(config: RunConfig) -> dict[str, Any] | None:
+    """The record of an experiment that ended with a result of its own; failures are tried again."""
+    try:
+        record = records.load(config.record_file)
+    except UsageError:
+        return None
+    return record if record["status"] in ("ok", "oom") and record["mode"] != "inferred" else None
+
+
+def outcome(record: dict[str, Any]) -> str:
+    """A record in a few words."""
+    if record["status"] == "oom":
+        return "out of memory" + (" (inferred)" if record["mode"] == "inferred" else "")
+    if record["status"] == "error":
+        return f"failed: {record['error']['message']}"
+    peak, speed = record["peak_memory_bytes"], record["throughput_tokens_per_s"]
+    words = [] if peak is None else [f"peak {peak / GIB:,.2f} GiB"]
+    words += [] if speed is None else [f"{speed:,.0f} tokens/s"]
+    return ", ".join(words) or record["mode"]
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let a request to terminate end the sweep as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _require_gpu() -> None:
+    from src.runtime import resolve_device
+
+    if resolve_device("auto") == "cpu":
+        raise UsageError("no GPU here: --dry_run predicts the grid, --device cpu runs tiny models")
+
+
+def main() -> int:
+    """Run the grid on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m src.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("grid", nargs="+", help=f"{', '.join(GRIDS)}, or axes like batch_size=1,2,4")
+    parser.add_argument("--script", choices=SCRIPTS, default="all_gpu", help="which experiment (default: %(default)s)")
+    parser.add_argument("--every_cell", action="store_true", help="run cells that cannot fit, too")
+    parser.add_argument("--timeout_s", type=float, default=900, help="the longest a cell may take")
+    arguments, flags = parser.parse_known_args()
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # look for a GPU without initialising CUDA
+    tqdm.monitor_interval = 0  # no thread beside a process that forks
+    try:
+        with _interruptible():
+            axes = grid_axes(arguments.grid)
+            if not {"--dry_run", "--device"} & {flag.partition("=")[0] for flag in flags}:
+                _require_gpu()
+            # Snapshots and logs of a whole grid are asked for, not usual.
+            cells = cells_of(axes, arguments.script, ["--snapshot_dir=", "--log_dir=", *flags])
+            return Sweep(cells, timeout_s=arguments.timeout_s, every_cell=arguments.every_cell).run()
+    except UsageError as error:
+        error_line(error)
+        return ExitStatus.BAD_ARGUMENTS
+    except KeyboardInterrupt:
+        error_line("interrupted; the same command goes on where this one was")
+        return ExitStatus.INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

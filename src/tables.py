@@ -1,0 +1,58 @@
+"""Tables made from records, as Markdown or CSV. Needs no torch."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from src.config import config_of
+from src.figures import absence, setting_words
+from src.utils import GIB
+
+Table = list[list[str]]  # the first row is the header
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns after the first are right-aligned."""
+    lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def to_csv(table: Table) -> str:
+    """Comma-separated values, without the thousands' commas."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([cell.replace(",", "") for cell in row] for row in table)
+    return text.getvalue().rstrip("\n")
+
+
+FORMATS: dict[str, Callable[[Table], str]] = {"markdown": lambda table: markdown(table[0], table[1:]), "csv": to_csv}
+
+
+def runs_table(found: Sequence[dict[str, Any]]) -> Table:
+    """A row for each record, whatever became of it: settings, peak, latency, throughput."""
+    header = ["kernels", "batch", "seq", "settings", "status", "peak GiB", "ms a step", "IQR ms", "tokens/s", "MFU"]
+    return [header, *(_row(record) for record in sorted(found, key=_order))]
+
+
+def _order(record: dict[str, Any]) -> tuple:
+    config = config_of(record)
+    return setting_words(record), config.seq_length, config.batch_size, len(config.strategy.kernels), record["mode"]
+
+
+def _row(record: dict[str, Any]) -> list[str]:
+    config = config_of(record)
+    status = record["mode"] if record["status"] == "ok" else absence(record)
+    cells = [config.strategy.title, f"{config.batch_size:,}", f"{config.seq_length:,}", setting_words(record), status]
+    return [
+        *cells,
+        _number(record["peak_memory_bytes"], GIB, "{:,.2f}"),
+        _number(record["latency_s"], 1e-3, "{:,.1f}"),
+        _number(record["latency_iqr_s"], 1e-3, "{:,.1f}"),
+        _number(record["throughput_tokens_per_s"], 1, "{:,.0f}"),
+        _number(record["mfu"], 1e-2, "{:.1f}%"),
+    ]
+
+
+def _number(value: float | None, unit: float, form: str) -> str:
+    """Nothing for what was not measured."""
+    return "" if value is None else form.format(value / unit)
