@@ -167,7 +167,8 @@ class OffloadExperiment:
         """What stays on the GPU between steps, by what it is for."""
         optimizer = self.engine.optimizer
         found: dict[str, list[torch.Tensor]] = {"gradient_reduction": [], "optimizer_state": []}
-        for name, value in vars(optimizer).items():
+        buckets = {f"bucket {i}": vars(bucket) for i, bucket in enumerate(optimizer.ipg_buckets.values())}
+        for name, value in (vars(optimizer) | buckets).items():
             category = "gradient_reduction" if "grad" in name or "bucket" in name else "optimizer_state"
             found[category] += tensors_in(value)
         for states in (optimizer.optimizer, getattr(optimizer, "backup_optimizer", None)):

@@ -50,6 +50,26 @@ def run_python(*arguments, env=None, cwd=ROOT):
     )
 
 
+WATCHED = """
+import resource, subprocess, sys
+try:
+    status = subprocess.run(sys.argv[2:], timeout=float(sys.argv[1])).returncode
+except subprocess.TimeoutExpired:
+    status = "it took too long"
+print("rss_kib", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def run_watched(*arguments, timeout=300, **kwargs):
+    """As `run_python`: (the process, its largest resident set in bytes)."""
+    done = run_python("-c", WATCHED, timeout, sys.executable, *arguments, **kwargs)
+    before, _, after = done.stderr.rpartition("rss_kib ")
+    kib, _, late = after.partition("\n")
+    done.stderr = before + late
+    return done, int(kib) * 1024
+
+
 def assert_one_error_line(stderr, text):
     """What a user sees of a mistake: one line, which says what it is."""
     assert stderr.startswith("error: ")

@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import cpuinfo
@@ -27,6 +28,7 @@ from deepspeed.utils import z3_leaf_module
 
 import deepspeed_liger_kernel as script
 from src import ds_utils, interpreter
+from src.attribution import Attribution
 from src.cli import parse_config, run
 from src.kernel_check import patched
 from src.model_utils import implementations
@@ -96,8 +98,39 @@ def late(update, seconds):
     return wait_and_update
 
 
+class Watching(Attribution):
+    """Tells what it notes, of tensors that are not on a GPU too."""
+
+    def watch(self, model, result):
+        self.parameters, self.result = dict(model.named_parameters()), result
+        return self
+
+    def own(self, category, tensors):
+        for tensor in tensors:
+            self.result["owned"].add(category)
+            if category == "gradients":
+                self.result["gradients"] += [name for name, p in self.parameters.items() if p.grad is tensor]
+
+
+def labelled_step(experiment, config, result):
+    """A step whose labels and notes go to `result`, with the methods that are replaced before and after it."""
+    names = [name for name, _ in experiment.model.named_parameters()]
+    result |= {"labels": [], "phases": [], "owned": set(), "gradients": [], "names": names}
+    sink = SimpleNamespace(set_label=result["labels"].append, enter_phase=result["phases"].append)
+    attribution = Watching(sink, experiment, gradient_checkpointing=config.gradient_checkpointing)
+    zero = experiment.engine.optimizer
+    owners = [*experiment.model.modules(), zero, zero.parameter_offload.get_param_coordinator()]
+    result["before"] = [list(vars(owner)) for owner in owners]
+    loss = attribution.watch(experiment.model, result).step()
+    result["after"] = [list(vars(owner)) for owner in owners]
+    return loss
+
+
 def train(case):
-    """The engine's own figures, step by step. `each` keeps the weights after every step, `late_s` delays updates."""
+    """The engine's own figures, step by step.
+
+    `each` keeps the weights after every step, `late_s` delays updates, `labelled` is a step that is attributed.
+    """
     config = dataclasses.replace(parsed(case["args"]), world_size=ds_utils.world_size())
     experiment = script.build_experiment(config, HostRuntime())
     engine, adam, inputs = experiment.engine, experiment.engine.optimizer.optimizer, []
@@ -108,9 +141,11 @@ def train(case):
         adam.update = late(adam.update, case["late_s"])
     result = {"config": config.to_dict(), "facts": facts(engine), "losses": [], "norms": [], "lrs": []}
     result["weights"] = [weights(engine.module)]
-    for _ in range(case["steps"]):
+    for number in range(case["steps"]):
         result["lrs"].append(adam.param_groups[0]["lr"])
-        result["losses"].append(mean_over_ranks(experiment.step().item()))
+        labelled = number == case.get("labelled")
+        loss = labelled_step(experiment, config, result) if labelled else experiment.step()
+        result["losses"].append(mean_over_ranks(loss.item()))
         result["norms"].append(experiment.grad_norm())
         if case.get("each"):
             experiment.finish_updates()

@@ -26,11 +26,12 @@ import all_gpu_liger_kernel as script
 from src import model_utils, records
 from src.allocator import SimulatedOutOfMemory, rounded
 from src.config import MAX_TOKENS, OPTIMIZERS, STRATEGIES, RunConfig, Strategy, UsageError
-from src.dry_run import CATEGORIES, forecast, limit_bytes, predict
+from src.dry_run import forecast, limit_bytes, predict
 from src.fake_gpu import H100
 from src.model_utils import KERNELS, Kernel, build_model
+from src.snapshot import CATEGORIES
 from src.utils import GIB, MIB
-from tests.helpers import HUGGING_FACE, ROOT, SCRIPT, assert_one_error_line, run_python, strategy_id
+from tests.helpers import HUGGING_FACE, ROOT, SCRIPT, assert_one_error_line, run_watched, strategy_id
 from tests.helpers import STRATEGIES as EACH_STRATEGY
 
 LOGITS_BYTES_PER_TOKEN = 2 * 128256  # of Llama 3 in bf16
@@ -207,10 +208,47 @@ def test_fused_loss_leaves_no_logits_at_the_peak():
     assert predicted(HUGGING_FACE_1B).peak_bytes - predicted(LIGER_1B).peak_bytes > 4 * 8192 * LOGITS_BYTES_PER_TOKEN
 
 
-def test_without_checkpointing_no_layer_input_is_a_checkpoint():
-    parts = predicted(gpu_config(gradient_checkpointing=False)).breakdown
+# Of 1B in bf16: bytes of one hidden state, of one of the MLP's inner tensors, and of what attention keeps in a layer
+# (queries, keys and values of 32 and 8 heads, its result, and a number a row).
+HIDDEN, INNER = 8192 * 2048 * 2, 8192 * 8192 * 2
+ATTENTION = HIDDEN * 5 // 2 + 8192 * 32 * 4 + 2 * 512
+
+
+@pytest.mark.parametrize(
+    ("strategy", "inner", "norms", "hidden"),
+    [
+        (HUGGING_FACE, 64, 132, 0),  # four inner tensors a layer; the norm keeps its input in fp32
+        (Strategy(), 49, 32, 32),  # three, and one that is being recomputed; the norm keeps its input as it is
+    ],
+    ids=["hugging-face", "liger"],
+)
+def test_without_checkpointing_every_layer_keeps_what_it_needs(strategy, inner, norms, hidden):
+    parts = predicted(gpu_config(strategy=strategy, gradient_checkpointing=False)).breakdown
     assert parts["checkpoints"] == 0
-    assert parts["layer_temporaries"] > 16 * 8192 * 2048 * 2
+    assert parts["attention"] == 16 * ATTENTION
+    assert parts["mlp"] == inner * INNER
+    assert parts["norm"] == pytest.approx(norms * HIDDEN, rel=0.001)
+    assert parts["hidden_states"] == hidden * HIDDEN
+
+
+WITH_BREAKDOWN = [
+    record
+    for record in map(records.load, sorted((ROOT / "doc" / "data").rglob("*.json")))
+    if (record["script"], record["mode"]) == ("all_gpu", "measured") and record["peak_breakdown"]
+]
+
+
+@pytest.mark.parametrize("record", WITH_BREAKDOWN, ids=lambda record: record["run_name"])
+def test_breakdown_is_what_the_gpus_snapshot_showed(record):
+    parts, shown = predicted(RunConfig.from_dict(record["config"])).breakdown, record["peak_breakdown"]
+    # Blocks that are taken apart in another order leave other remainders.
+    assert {name: parts.get(name, 0) for name in shown} == pytest.approx(shown, abs=2 * MIB)
+
+
+@measured("ok")
+def test_every_category_of_the_peak_is_known(of_record, record):
+    prediction = of_record(record)
+    assert prediction.breakdown["unattributed"] < 0.03 * prediction.peak_bytes
 
 
 def test_prediction_repeats_whatever_was_predicted_before():
@@ -475,26 +513,16 @@ def test_card_that_is_large_enough_gives_status_0(run_script):
     assert "Out of memory" not in stdout
 
 
-WATCHED = """
-import resource, subprocess, sys
-status = subprocess.run(sys.argv[1:]).returncode
-print("rss_kib", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
-sys.exit(status)
-"""
-
-
 @pytest.fixture
 def run_program(tmp_path):
     """Run the dry run as a user does, with Triton's compiler: (process, record, its largest resident set in bytes)."""
 
     def run(*arguments):
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        command = [sys.executable, SCRIPT, "--dry_run", *arguments]
-        done = run_python("-c", WATCHED, *command, env=environment, cwd=tmp_path)
-        *errors, watched = done.stderr.splitlines()
-        assert errors == []
+        done, resident = run_watched(SCRIPT, "--dry_run", *arguments, env=environment, cwd=tmp_path)
+        assert done.stderr == ""
         (path,) = tmp_path.glob("results/*.json")
-        return done, records.load(path), int(watched.removeprefix("rss_kib ")) * 1024
+        return done, records.load(path), resident
 
     return run
 
@@ -520,7 +548,7 @@ def test_program_predicts_and_leaves_record_and_snapshot(run_program, tmp_path):
     assert record["peak_reserved_bytes"] == prediction.peak_reserved_bytes
     snapshot = tmp_path / "snap_shots" / f"{record['run_name']}.pickle"
     assert pickle.loads(snapshot.read_bytes())["device_traces"][0]
-    for shown in (f"results/{record['run_name']}.json", f"snap_shots/{record['run_name']}.pickle", "layer temporaries"):
+    for shown in (f"results/{record['run_name']}.json", f"snap_shots/{record['run_name']}.pickle", "At the peak:"):
         assert shown in done.stdout
 
 

@@ -2,10 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import math
-import pickle
 import types
 
 import numpy as np
@@ -14,14 +14,15 @@ import torch
 
 import all_gpu_liger_kernel as script
 from src import measure as measure_module
-from src import records
+from src import recording, records
+from src.attribution import record_breakdown, record_step
 from src.config import Strategy
 from src.live_memory import LiveMemory
 from src.measure import PHASES, measure, measure_phases, no_mark
 from src.profiler import trace_step
 from src.runtime import CpuRuntime, HostRuntime
-from src.snapshot import record_snapshot
-from src.utils import median_and_iqr
+from src.snapshot import LOSS_MODULE, PHASE, read, timeline
+from src.utils import MIB, median_and_iqr
 from tests.helpers import HUGGING_FACE, strategy_id, tiny_config
 
 LARGE_LOGITS = {"batch_size": 2, "seq_length": 96}
@@ -146,47 +147,155 @@ def test_where_nothing_counts_there_is_no_peak_and_no_phase_that_sets_it():
     assert phases.phase is phases.grad_norm is None
 
 
+WEIGHTS, WORKSPACE = (2**20, 5 * MIB), (2**30, 2 * MIB)  # address and size
+
+
+class History:
+    """The allocator's history as PyTorch would switch it on a GPU with two blocks; notes are kept while it is on."""
+
+    def __init__(self):
+        self.on, self.settings, self.label, self.labels, self.notes = False, {}, "", [], []
+        self.blocks = dict([WEIGHTS, WORKSPACE])
+
+    def switch(self, enabled="all", **settings):
+        self.on = enabled is not None
+        if self.on:
+            self.settings, self.labels, self.notes = settings, [], []
+
+    def set_label(self, label):
+        self.label = label
+        self.labels.append(label)
+
+    def note(self, name):
+        if self.on:
+            self.notes.append({"name": name, "stage": "START", "device": 0, "time_us": len(self.notes)})
+
+    def segments(self):
+        kinds = {"device": 0, "state": "active_allocated", "frames": []}
+        return [
+            kinds | {"address": address, "blocks": [kinds | {"address": address, "size": size}]}
+            for address, size in self.blocks.items()
+        ]
+
+    def snapshot(self):
+        event = {"action": "alloc", "addr": WEIGHTS[0] * 2, "size": MIB, "time_us": 10**9, "user_metadata": self.label}
+        annotations = [dict(note) for note in self.notes]
+        return {"segments": self.segments(), "device_traces": [[event]], "external_annotations": annotations}
+
+
 @pytest.fixture
 def history(monkeypatch):
-    """The allocator's history as PyTorch would switch it on a GPU: {"on": bool, "max_entries": int | None}."""
-    state = {"on": False, "max_entries": None}
+    history = History()
 
-    def record(enabled="all", max_entries=None, **_):
-        state.update(on=enabled is not None, max_entries=max_entries)
+    class Noted(torch.profiler.record_function):
+        def __init__(self, name):
+            history.note(name)
+            super().__init__(name)
 
-    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
-    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: {"segments": [], "device_traces": []})
+    monkeypatch.setattr(torch.profiler, "record_function", Noted)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", history.switch)
+    monkeypatch.setattr(torch.cuda.memory, "_set_memory_metadata", history.set_label)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", history.snapshot)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", history.segments)
+    monkeypatch.setattr(torch.cuda.memory, "memory_snapshot", history.segments)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    return state
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 10 * MIB)
+    forget = functools.partial(history.blocks.pop, WORKSPACE[0], None)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", forget, raising=False)
+    return history
+
+
+class Watched:
+    """An experiment whose steps write down in `steps` whether a profiler or the history is on."""
+
+    def __init__(self, history, marks=PHASES):
+        self.history, self.marks, self.steps, self.model = history, marks, [], torch.nn.Linear(2, 2)
+
+    def step(self, mark=no_mark):
+        self.steps.append({"profiled": torch.autograd._profiler_enabled(), "on": self.history.on})
+        for phase in self.marks:
+            mark(phase)
+
+    def resident(self):
+        return {}
+
+    def gradients(self):
+        return []
+
+    def labelling(self, attribution):
+        return contextlib.nullcontext()
+
+
+def watched_config(folder):
+    folders = {name: str(folder / name) for name in ("result_dir", "snapshot_dir")}
+    return tiny_config(device="cuda", gradient_checkpointing=False, **folders)
 
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_rank_that_keeps_nothing_takes_part_in_the_diagnostic_steps(tmp_path, history, keeps):
-    steps = []
-
-    def step(mark=no_mark):
-        for phase in ("forward", "backward", "forward", "backward", "optimizer"):
-            mark(phase)
-        steps.append({"profiled": torch.autograd._profiler_enabled(), **history})
-
-    record_snapshot(step, tmp_path / "snapshot", keeps=keeps)
-    trace_step(step, tmp_path / "trace", keeps=keeps)
-    assert [(step["on"], step["profiled"]) for step in steps] == [(True, False), (False, True)]
-    assert not history["on"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == (["snapshot", "trace"] if keeps else [])
+    marks = ("forward", "backward", "forward", "backward", "optimizer")
+    config = watched_config(tmp_path)
+    experiment, record = Watched(history, marks), recording.new_record("measured", config, torch.device("cpu"))
+    record |= {"status": "ok", "peak_memory_bytes": 10 * MIB}
+    found = record_breakdown(experiment, record, config, keeps=keeps)
+    trace_step(experiment.step, tmp_path / "trace", keeps=keeps)
+    assert [(step["on"], step["profiled"]) for step in experiment.steps] == [(True, False), (False, True)]
+    assert not history.on
+    assert [phase for _, phase in found.phases] == list(marks)
+    written = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    files = [config.snapshot_file, config.record_file, config.record_file.with_suffix(".txt"), tmp_path / "trace"]
+    assert written == ({file.relative_to(tmp_path) for file in files} if keeps else set())
     if keeps:
+        assert records.load(config.record_file)["peak_breakdown"] == found.breakdown()
         events = json.loads((tmp_path / "trace").read_text())["traceEvents"]
         begun = sorted((e["ts"], e["name"]) for e in events if e["name"] in PHASES and e["cat"] == "user_annotation")
-        assert [name for _, name in begun] == ["forward", "backward", "forward", "backward", "optimizer"]
+        assert [name for _, name in begun] == list(marks)
+
+
+@pytest.mark.parametrize("context", ["all", "alloc", None])
+def test_history_of_a_step_is_bounded_and_has_notes_peak_and_workspaces(history, context):
+    experiment = Watched(history)
+    snapshot = record_step(experiment, gradient_checkpointing=False, context=context)
+    assert history.settings["max_entries"] >= 10_000
+    assert (history.settings["context"], history.settings["global_record_annotations"]) == (context, True)
+    assert (history.on, history.label) == (False, "")
+    names = [note["name"] for note in snapshot["external_annotations"]]
+    assert names[:3] == [f"{PHASE} {phase}" for phase in PHASES]
+    found = timeline(snapshot)
+    assert found.measured_peak == 10 * MIB
+    assert {name: count for name, count in found.breakdown().items() if count} == {
+        "unattributed": 6 * MIB,
+        "library_workspace": WORKSPACE[1],
+        "allocator_rounding": 2 * MIB,
+    }
 
 
 def test_step_that_fails_leaves_no_snapshot_and_the_history_off(tmp_path, history):
-    def step():
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+    class Model(torch.nn.Linear):
+        def forward(self):
+            return types.SimpleNamespace(loss=self.weight.exp().sum())
 
+    class Failing(Watched):
+        def step(self, mark):
+            mark("forward")
+            loss = self.model().loss
+            mark("backward")
+            self.model.weight.register_hook(self.fail)
+            loss.backward()
+
+        def fail(self, _gradient):
+            assert self.history.label == f"{LOSS_MODULE}|ExpBackward0"
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    config = watched_config(tmp_path)
+    record = recording.new_record("measured", config, torch.device("cpu"))
+    experiment = Failing(history)
+    experiment.model = Model(2, 2)
     with pytest.raises(torch.OutOfMemoryError):
-        record_snapshot(step, tmp_path / "snapshot")
-    assert not history["on"]
+        record_breakdown(experiment, record, config)
+    assert (history.on, history.label) == (False, "")
+    assert record["peak_breakdown"] is None
     assert not list(tmp_path.iterdir())
 
 
@@ -204,7 +313,7 @@ def gpu_script(monkeypatch, tmp_path, history):
             experiment = build(*args)
 
             def step(mark=no_mark):
-                steps.append({"profiled": torch.autograd._profiler_enabled(), **history})
+                steps.append({"profiled": torch.autograd._profiler_enabled(), "on": history.on})
                 if len(steps) == fail_at:
                     raise torch.OutOfMemoryError("CUDA out of memory.")
                 return experiment.step(mark)
@@ -225,29 +334,34 @@ def test_timed_steps_run_without_profiler_and_memory_history(gpu_script):
     assert status == 0
     assert len(plain) == config.warmup + config.iterations + 1
     assert not any(step["profiled"] or step["on"] for step in plain)
-    assert snapshot["on"]
-    assert snapshot["max_entries"]
-    assert not snapshot["profiled"]
-    assert trace["profiled"]
-    assert not trace["on"]
+    assert (snapshot["on"], snapshot["profiled"]) == (True, False)
+    assert (trace["on"], trace["profiled"]) == (False, True)
 
 
-def test_gpu_run_leaves_a_measured_record_snapshot_and_trace(gpu_script):
+def test_gpu_run_leaves_a_measured_record_snapshot_and_trace(gpu_script, capsys):
     _, record, config, _ = gpu_script()
     assert (record["status"], record["mode"], record["script"]) == ("ok", "measured", "all_gpu")
     assert len(record["step_seconds"]) == len(record["losses"]) == config.iterations
     assert record["latency_s"] == np.median(record["step_seconds"])
     assert record["throughput_tokens_per_s"] == config.tokens_per_step / record["latency_s"]
     assert list(record["phase_peak_bytes"]) == list(PHASES)
-    assert pickle.loads(config.snapshot_file.read_bytes()).keys() == {"segments", "device_traces"}
+    found = read(config.snapshot_file)
+    assert [phase for _, phase in found.phases] == list(PHASES)
+    assert (record["peak_breakdown"], record["breakdown_peak_bytes"]) == (found.breakdown(), 10 * MIB)
+    # The timed steps' peak, and that of the step that was recorded, which is not among them.
+    assert record["peak_memory_bytes"] == 100 * (config.iterations + 1)
+    difference = (10 * MIB - record["peak_memory_bytes"]) / MIB
+    assert f"recorded in one more step, whose peak differs by {difference:+,.1f} MiB" in capsys.readouterr().out
+    assert "library workspace" in config.record_file.with_suffix(".txt").read_text()
     events = json.loads(config.trace_file.read_text())["traceEvents"]
     assert set(PHASES) <= {event["name"] for event in events}
     assert list(config.log_folder.glob("events.out.tfevents.*"))
 
 
-def test_without_snapshot_and_log_folders_only_the_record_is_written(gpu_script, tmp_path):
-    _, _, config, steps = gpu_script(snapshot_dir="", log_dir="")
-    assert len(steps) == config.warmup + config.iterations + 1
+def test_without_snapshot_and_log_folders_the_record_still_has_the_breakdown(gpu_script, tmp_path):
+    _, record, config, steps = gpu_script(snapshot_dir="", log_dir="")
+    assert len(steps) == config.warmup + config.iterations + 2
+    assert record["breakdown_peak_bytes"] == 10 * MIB
     assert [path.name for path in tmp_path.iterdir()] == ["result_dir"]
 
 

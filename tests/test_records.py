@@ -2,17 +2,20 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from src import records
+from src import recording, records
 from src.config import OffloadConfig, UsageError
 from src.measure import Measurement, PhasePeaks
 from src.profiler import write_tensorboard
+from src.snapshot import timeline
 from src.utils import MIB, write_atomically
 from tests.helpers import tiny_config
 
@@ -24,15 +27,15 @@ def config(tmp_path):
 
 
 def new_record(config, **fields):
-    return records.new_record("measured", config, torch.device("cpu")) | fields
+    return recording.new_record("measured", config, torch.device("cpu")) | fields
 
 
 def measured_record(config, losses=(3.0, 2.5), seconds=(0.25, 0.75)):
     record = new_record(config, status="ok", model_flops_per_step=10**12)
     record["environment"]["gpu"] = "NVIDIA H100 80GB HBM3"
     peaks = {"peak_allocated_bytes": [2 * MIB, 3 * MIB, MIB], "peak_reserved_bytes": [4 * MIB, 4 * MIB, 4 * MIB]}
-    records.add_measurement(record, Measurement(list(seconds), list(losses), **peaks, device_used_bytes=9 * MIB))
-    records.add_phases(record, PhasePeaks({"forward": 1, "backward": 3, "optimizer": 2}, 1.5))
+    recording.add_measurement(record, Measurement(list(seconds), list(losses), **peaks, device_used_bytes=9 * MIB))
+    recording.add_phases(record, PhasePeaks({"forward": 1, "backward": 3, "optimizer": 2}, 1.5))
     return record
 
 
@@ -64,7 +67,7 @@ def test_figures_follow_from_the_steps(config):
 def test_unknown_gpu_gets_no_mfu(config):
     record = new_record(config, model_flops_per_step=10**12)
     record["environment"]["gpu"] = "NVIDIA Imaginary 1000"
-    records.add_measurement(record, Measurement([0.5], [1.0], [1], [1], 1))
+    recording.add_measurement(record, Measurement([0.5], [1.0], [1], [1], 1))
     assert record["mfu"] is record["mfu_peak_flops"] is None
     assert record["throughput_tokens_per_s"] == 64
 
@@ -72,21 +75,21 @@ def test_unknown_gpu_gets_no_mfu(config):
 @pytest.mark.parametrize("mode", ["interpreted", "predicted"])
 def test_times_that_are_not_a_gpus_are_left_out(config, mode):
     record = new_record(config, mode=mode)
-    records.add_measurement(record, Measurement([0.5], [1.0], [1], [None], None))
+    recording.add_measurement(record, Measurement([0.5], [1.0], [1], [None], None))
     for key in ("step_seconds", "latency_s", "latency_iqr_s", "throughput_tokens_per_s", "mfu", "mfu_peak_flops"):
         assert record[key] is None, key
 
 
 def test_loading_can_be_the_peak_of_a_run(config):
     record = measured_record(config) | {"load_peak_bytes": 3 * MIB + 1}
-    records.add_phases(record, PhasePeaks({"forward": 1, "backward": 3, "optimizer": 2}, 1.5))
+    recording.add_phases(record, PhasePeaks({"forward": 1, "backward": 3, "optimizer": 2}, 1.5))
     assert record["peak_phase"] == "load"
 
 
 def test_peak_that_nothing_counted_stays_null(config):
     record = new_record(config, mode="interpreted")
-    records.add_measurement(record, Measurement([0.5], [1.0], [None], [None], None))
-    records.add_phases(record, PhasePeaks(dict.fromkeys(("forward", "backward", "optimizer")), None))
+    recording.add_measurement(record, Measurement([0.5], [1.0], [None], [None], None))
+    recording.add_phases(record, PhasePeaks(dict.fromkeys(("forward", "backward", "optimizer")), None))
     for key in ("peak_memory_bytes", "peak_reserved_bytes", "device_used_bytes", "peak_phase", "grad_norm"):
         assert record[key] is None, key
     records.save(record, config.record_file)
@@ -174,7 +177,7 @@ def test_file_has_the_permissions_of_any_new_file(tmp_path):
 
 def test_block_that_ends_well_is_recorded_as_ok(config):
     record = measured_record(config) | {"status": None}
-    with records.recording(record, config):
+    with recording.recording(record, config):
         pass
     assert records.load(config.record_file)["status"] == "ok"
     assert records.exit_status(record) == 0
@@ -182,7 +185,7 @@ def test_block_that_ends_well_is_recorded_as_ok(config):
 
 def test_running_out_of_memory_is_recorded_and_ends_only_the_block(config):
     record = new_record(config)
-    with records.recording(record, config):
+    with recording.recording(record, config):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
     stored = records.load(config.record_file)
     assert stored["status"] == "oom"
@@ -193,7 +196,7 @@ def test_running_out_of_memory_is_recorded_and_ends_only_the_block(config):
 
 @pytest.mark.parametrize("error", [RuntimeError("first\nsecond"), ZeroDivisionError()], ids=repr)
 def test_another_exception_is_recorded_and_goes_on(config, error):
-    with pytest.raises(type(error)), records.recording(new_record(config), config):
+    with pytest.raises(type(error)), recording.recording(new_record(config), config):
         raise error
     stored = records.load(config.record_file)
     assert stored["status"] == "error"
@@ -203,14 +206,14 @@ def test_another_exception_is_recorded_and_goes_on(config, error):
 
 @pytest.mark.parametrize("error", [UsageError("no"), KeyboardInterrupt()], ids=repr)
 def test_a_run_that_was_never_carried_out_is_not_recorded(config, error):
-    with pytest.raises(type(error)), records.recording(new_record(config), config):
+    with pytest.raises(type(error)), recording.recording(new_record(config), config):
         raise error
     assert not config.record_file.exists()
 
 
 def test_rank_that_keeps_nothing_writes_nothing_when_all_is_well(config, tmp_path):
     record = new_record(config)
-    with records.recording(record, config, keeps=False):
+    with recording.recording(record, config, keeps=False):
         pass
     assert record["status"] == "ok"
     assert not list(tmp_path.iterdir())
@@ -223,7 +226,7 @@ def test_rank_that_keeps_nothing_writes_nothing_when_all_is_well(config, tmp_pat
 )
 def test_any_rank_tells_of_a_failure(config, error, status, goes_on):
     expected = pytest.raises(type(error)) if goes_on else contextlib.nullcontext()
-    with expected, records.recording(new_record(config), config, keeps=False):
+    with expected, recording.recording(new_record(config), config, keeps=False):
         raise error
     assert records.load(config.record_file)["status"] == status
 
@@ -231,9 +234,9 @@ def test_any_rank_tells_of_a_failure(config, error, status, goes_on):
 def test_rank_that_keeps_nothing_needs_no_folders_until_it_fails(tmp_path, config):
     (tmp_path / "file").touch()
     config = dataclasses.replace(config, result_dir=str(tmp_path / "file" / "below"))
-    with records.recording(new_record(config), config, keeps=False):
+    with recording.recording(new_record(config), config, keeps=False):
         pass
-    with pytest.raises(UsageError, match="--result_dir"), records.recording(new_record(config), config):
+    with pytest.raises(UsageError, match="--result_dir"), recording.recording(new_record(config), config):
         pytest.fail("the block ran")
 
 
@@ -241,7 +244,7 @@ def test_rank_that_keeps_nothing_needs_no_folders_until_it_fails(tmp_path, confi
 def test_folder_that_cannot_be_written_is_a_usage_error_before_the_block(tmp_path, config, name):
     (tmp_path / "file").touch()
     config = dataclasses.replace(config, **{name: str(tmp_path / "file" / "below")})
-    with pytest.raises(UsageError, match=f"--{name}"), records.recording(new_record(config), config):
+    with pytest.raises(UsageError, match=f"--{name}"), recording.recording(new_record(config), config):
         pytest.fail("the block ran")
 
 
@@ -266,8 +269,8 @@ def test_summary_has_the_floor_of_a_run_that_has_one(config):
 
 def test_summary_of_a_run_without_peaks_has_the_other_figures(config):
     record = new_record(config, mode="interpreted", status="ok")
-    records.add_measurement(record, Measurement([0.5], [3.0, 2.5], [None], [None], None))
-    records.add_phases(record, PhasePeaks({"forward": None}, 1.5))
+    recording.add_measurement(record, Measurement([0.5], [3.0, 2.5], [None], [None], None))
+    recording.add_phases(record, PhasePeaks({"forward": None}, 1.5))
     assert set(rows(record)) == {"Host memory peak", "Loss", "Gradient norm"}
     assert rows(record)["Loss"].startswith("2.5000")
     assert rows(record)["Gradient norm"].startswith("1.5000")
@@ -296,7 +299,7 @@ def test_tensorboard_gets_the_figures_that_there_are(tmp_path, config, counted):
     peaks = ([MIB, 3 * MIB], [4 * MIB, 4 * MIB]) if counted else ([None, None], [None, None])
     measurement = Measurement([0.5, 0.25], [3.0, 2.5], *peaks, None)
     record |= {"implementations": {}, "model_flops_per_step": 1}
-    records.add_measurement(record, measurement)
+    recording.add_measurement(record, measurement)
     write_tensorboard(tmp_path, record, measurement)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -314,6 +317,29 @@ def test_tensorboard_gets_the_figures_that_there_are(tmp_path, config, counted):
             "summary/tokens_per_s": [pytest.approx(2 * 16 / 0.375)],
         }
     assert series == expected
+
+
+def test_tensorboard_gets_the_timeline_and_what_the_peak_is_made_of(tmp_path, config):
+    record = measured_record(config)
+    event = {"action": "alloc", "addr": 512, "size": 3 * MIB, "time_us": 1, "user_metadata": "model.layers.0.mlp|"}
+    found = timeline({"segments": [], "device_traces": [[event, event | {"action": "free_requested"}]]})
+    recording.add_breakdown(record, found)
+    record["implementations"] = {}
+    write_tensorboard(tmp_path, record, Measurement([0.5], [3.0], [MIB], [MIB], None), found)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert events.Tags()["images"] == ["memory/timeline"]
+    (image,) = events.Images("memory/timeline")
+    with Image.open(io.BytesIO(image.encoded_image_string)) as drawing:
+        assert (drawing.width, drawing.height) == (image.width, image.height)
+        assert drawing.width > 800
+        assert len(drawing.convert("RGB").getcolors(2**24)) > 10
+    assert "peak_breakdown/text_summary" in events.Tags()["tensors"]
+    (text,) = events.Tensors("peak_breakdown/text_summary")
+    (table,) = text.tensor_proto.string_val
+    assert b"| mlp | " in table
+    assert b"3.0 MiB" in table
+    assert b"attention" not in table
 
 
 def test_summary_of_running_out_of_memory_says_what_was_asked_for_and_free(config):
@@ -355,6 +381,6 @@ def test_disk_that_is_full_costs_the_file_and_not_the_figures(config, monkeypatc
 
     monkeypatch.setattr(records, "write_atomically", full)
     record = measured_record(config)
-    with pytest.raises(OSError, match="No space left"), records.recording(record, config):
+    with pytest.raises(OSError, match="No space left"), recording.recording(record, config):
         pass
     assert records.summary(record) in capsys.readouterr().out
