@@ -99,7 +99,8 @@ def load_all(folders: Iterable[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is no folder")
-        paths += sorted(folder.rglob("*.json"))
+        # A hidden one is being written, or was when its program was killed.
+        paths += sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
     return [load(path) for path in paths]
 
 

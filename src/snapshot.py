@@ -159,7 +159,10 @@ def read(path: Path) -> Timeline:
     """The timeline in a snapshot file. Raises `UsageError` with one clear line if it is not one."""
     try:
         with _open(path) as file, _bounded_memory():
-            return timeline(_PlainUnpickler(file).load())
+            found = timeline(_PlainUnpickler(file).load())
+        if not found.peak_bytes:
+            raise UsageError("it holds no block of GPU memory")
+        return found
     except UsageError as error:
         raise UsageError(f"{path} is not read: {error}") from error
     except OSError as error:
@@ -221,19 +224,23 @@ def timeline(snapshot: dict[str, Any]) -> Timeline:
     trace = traces[device] if traces else []
     ends = _blocks_at_end(snapshot["segments"], device if trace else None)
     blocks, events, times, lives = _replay(trace, ends)
-    notes = [a for a in snapshot.get("external_annotations") or () if a.get("stage") == "START"]
+    _check_frames(blocks)
+    if sum(block.size for block in blocks) >= 2**62:
+        raise ValueError("its sizes are beyond any memory")
     phases, measured_peak = [], None
-    for note in notes:
-        kind, _, rest = note["name"].partition(" ")
-        if kind == PHASE:
-            phases.append((bisect.bisect_left(times, note["time_us"]), rest))
-        elif kind == OWNER:
-            category, _, address = rest.partition(" ")
-            block = _alive_at(lives.get(int(address), ()), times, note["time_us"])
-            if block is not None and category in CATEGORIES:
-                block.category = category
-        elif kind == PEAK:
-            measured_peak = int(rest)
+    for note in snapshot.get("external_annotations") or ():
+        kind, *rest = note["name"].split(" ")
+        if note.get("stage") != "START":
+            continue
+        # Another program may name its ranges as it likes.
+        if kind == PHASE and len(rest) == 1:
+            phases.append((bisect.bisect_left(times, note["time_us"]), rest[0]))
+        elif kind == OWNER and len(rest) == 2 and rest[0] in CATEGORIES and _is_number(rest[1]):
+            block = _alive_at(lives.get(int(rest[1]), ()), times, note["time_us"])
+            if block is not None:
+                block.category = rest[0]
+        elif kind == PEAK and len(rest) == 1 and _is_number(rest[0]):
+            measured_peak = int(rest[0])
     result = Timeline(blocks, events, sorted(phases, key=lambda start: start[0]), measured_peak)
     labelled = any(block.label for block in blocks)
     for block in blocks:
@@ -258,8 +265,21 @@ def _blocks_at_end(segments: list[dict[str, Any]], device: int | None) -> dict[i
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or not 0 <= value < 2**48:
-        raise ValueError(f"{value!r} is no number of bytes")
+        raise ValueError("a size is no number of bytes")
     return value
+
+
+def _is_number(text: str) -> bool:
+    """Whether `text` is a number that an address or a size can be."""
+    return text.isascii() and text.isdigit() and len(text) < 20
+
+
+def _check_frames(blocks: Sequence[Block]) -> None:
+    """Raises `ValueError` if a stack is none. Many blocks share one."""
+    for stack in {id(block.frames): block.frames for block in blocks}.values():
+        for frame in stack:
+            if not (isinstance(frame["name"], str) and isinstance(frame["filename"], str)):
+                raise ValueError("a stack has no names")
 
 
 def _replay(
@@ -447,6 +467,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the timelines and what the peaks are made of")
     arguments = parser.parse_args()
     try:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may be anything
         files = [file for file in (arguments.file, arguments.second) if file is not None]
         timelines = [read(file) for file in files]
         for label, file, found in zip("AB", files, timelines):
@@ -456,10 +477,16 @@ def main() -> int:
         if arguments.plot:
             from src.memory_plot import save_plot
 
-            save_plot(dict(zip((file.name.split(".")[0] for file in files), timelines)), arguments.plot)
+            names = [file.name.split(".")[0] for file in files]
+            if len(set(names)) < len(names):
+                names = list(map(str, files))
+            save_plot(dict(zip(names, timelines)), arguments.plot)
             print(f"\nplot     {arguments.plot}")
     except UsageError as error:
         error_line(error)
+        return ExitStatus.BAD_ARGUMENTS
+    except OSError as error:
+        error_line(f"--plot: cannot write {arguments.plot}: {error.strerror}")
         return ExitStatus.BAD_ARGUMENTS
     return ExitStatus.DONE
 

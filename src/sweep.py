@@ -14,6 +14,7 @@ are not run but recorded as `inferred`; --every_cell runs them.
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import importlib
 import itertools
@@ -46,6 +47,8 @@ GRIDS: dict[str, list[dict[str, list[str]]]] = {
     "study": [_BATCH, _SEQUENCE],
 }
 STRATEGY_NAMES = dict(zip(("none", "no_flce", "all"), STRATEGIES.values(), strict=True))
+
+_INTERRUPTIONS = (signal.SIGTERM, signal.SIGHUP)  # end a sweep as Ctrl-C does
 
 SCRIPTS = {"all_gpu": "all_gpu_liger_kernel", "deepspeed": "deepspeed_liger_kernel"}
 
@@ -187,7 +190,7 @@ class Sweep:
         log.parent.mkdir(parents=True, exist_ok=True)
         ending = self._run_child(cell, log)
         mode = "predicted" if cell.config.dry_run else {"cuda": "measured", "cpu": "interpreted"}[cell.config.device]
-        record = _record_since(started, cell.config.record_file)
+        record = _record_since(started, cell.config)
         if record is None:
             return self._write(cell, mode, "error", *_what_happened(ending, log))
         if record["status"] != "error":
@@ -218,6 +221,9 @@ def _become(cell: Cell, log: Path) -> None:
     status = ExitStatus.FAILED
     try:
         os.setsid()  # so that whatever it starts can be ended with it
+        _die_with_parent()
+        for number in _INTERRUPTIONS:
+            signal.signal(number, signal.SIG_DFL)
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -229,6 +235,13 @@ def _become(cell: Cell, log: Path) -> None:
         error_line(f"{type(error).__name__}: {error}")
     finally:
         os._exit(status)  # what the parent registered for its own end is not the child's
+
+
+def _die_with_parent() -> None:
+    """Let the system end this process if the sweep is killed; Linux can."""
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def _wait(child: int, timeout_s: float) -> int | None:
@@ -243,18 +256,26 @@ def _wait(child: int, timeout_s: float) -> int | None:
 
 def _end_group(child: int) -> None:
     """End what is left of a child and of what it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(child, signal.SIGKILL)
+    for kill in (os.killpg, os.kill):  # it may not have come to lead a group yet
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(child, signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         os.waitpid(child, 0)
 
 
-def _record_since(moment: float, path: Path) -> dict[str, Any] | None:
-    """The record in `path` if it was written since `moment` and is one."""
+def _record_since(moment: float, config: RunConfig) -> dict[str, Any] | None:
+    """The record of `config` if it was written since `moment` and says what became of the run."""
     try:
-        return records.load(path) if path.stat().st_mtime >= moment - 1e-2 else None
+        record = records.load(config.record_file) if config.record_file.stat().st_mtime >= moment - 1e-2 else None
     except (OSError, UsageError):
         return None
+    return record if record and _is_of(record, config) else None
+
+
+def _is_of(record: dict[str, Any], config: RunConfig) -> bool:
+    """Whether a record is whole and of this run: nothing but a result may stand in for one."""
+    whole = all(isinstance(record[key], dict) for key in ("config", "environment"))
+    return whole and record["run_name"] == config.run_name and record["status"] in ("ok", "oom", "error")
 
 
 def _what_happened(ending: int | None, log: Path) -> tuple[str, str]:
@@ -299,7 +320,7 @@ def finished_record(config: RunConfig) -> dict[str, Any] | None:
         record = records.load(config.record_file)
     except UsageError:
         return None
-    return record if record["status"] in ("ok", "oom") and record["mode"] != "inferred" else None
+    return record if _is_of(record, config) and record["status"] != "error" and record["mode"] != "inferred" else None
 
 
 def outcome(record: dict[str, Any]) -> str:
@@ -317,11 +338,12 @@ def outcome(record: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Let a request to terminate end the sweep as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in _INTERRUPTIONS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _require_gpu() -> None:

@@ -355,7 +355,7 @@ def test_file_is_read_as_it_was_written(rng, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((DATA / "snapshots").glob("*.pickle.gz")), ids=lambda path: path.name[:-10])
 def test_snapshot_of_a_gpu_says_what_its_record_says(cli, path):
-    (of_run,) = DATA.glob(f"h200_*/{path.name.removesuffix('.pickle.gz')}.json")
+    (of_run,) = DATA.rglob(f"h200_*/{path.name.removesuffix('.pickle.gz')}.json")
     record, found = records.load(of_run), read(path)
     breakdown = {name: count for name, count in found.breakdown().items() if count}
     assert breakdown == {name: count for name, count in record["peak_breakdown"].items() if count}

@@ -6,6 +6,7 @@ in place of the real one: no GPU, and a process starts in a moment. The last tes
 
 import contextlib
 import dataclasses
+import faulthandler
 import itertools
 import json
 import os
@@ -27,7 +28,6 @@ from tests.helpers import assert_one_error_line, run_python
 
 GPU = "NVIDIA Imaginary 1000"
 WORDS = dict(zip(("none", "no_flce", "all"), STRATEGIES.values()))
-FOLDERS = ("--snapshot_dir=", "--log_dir=")
 
 
 # Grids
@@ -156,9 +156,7 @@ class Program:
         try:
             for number, path in ((1, self.out), (2, self.err)):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            sys.stdout, sys.stderr = (  # noqa: SIM115
-                open(number, "w", buffering=1, closefd=False) for number in (1, 2)
-            )
+            sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.argv = ["sweep.py", *arguments]
             status = sweep.main()
@@ -255,7 +253,7 @@ def is_alive(pid):
 
 def wait_until(condition):
     """Give processes time to do what they will do; the test fails if they do not."""
-    for _ in range(3000):
+    for _ in range(1000):
         if condition():
             return
         time.sleep(0.01)
@@ -332,15 +330,12 @@ def test_folders_for_snapshots_and_logs_can_be_asked_for(script):
 
 
 def crash(config):
+    faulthandler.disable()  # pytest's, which prints where
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def be_killed(config):
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def be_terminated(config):
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def raise_error(config):
@@ -643,7 +638,7 @@ def disturbed(script, rng):
 
     def interrupt(number):
         program = script.start(*GRID)
-        cell = rng.randrange(1, 7)
+        cell = rng.randrange(1, 4)
         wait_until(lambda: len(script.ran()) >= cell)
         time.sleep(rng.random() * 0.05)
         program.kill(number)
@@ -702,9 +697,7 @@ def test_no_cell_survives_its_sweep(script, number):
             assert_one_error_line(stderr, "interrupted")
         assert not list(script.results.glob("*.json"))  # it did not fail
         cell = pids[:1] if number == signal.SIGKILL else pids  # nobody is left to end what the cell started
-        wait_until_gone = [lambda pid=pid: not is_alive(pid) for pid in cell]
-        time.sleep(0.5)
-        assert all(gone() for gone in wait_until_gone)
+        wait_until(lambda: not any(is_alive(pid) for pid in cell))
     finally:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -811,13 +804,13 @@ def test_without_a_gpu_the_sweep_says_what_can_be_done(tmp_path):
 
 
 def test_dry_run_records_what_is_predicted(tmp_path):
-    axes = ["batch_size=1,2", "seq_length=32,64", "strategy=none,all"]
+    axes = ["batch_size=1,2", "seq_length=32", "strategy=none,all"]
     flags = ["--dry_run", "--model_name", "tiny-llama", "--dtype=fp32", f"--result_dir={tmp_path}"]
     done = run_python(*SWEEP, *axes, *flags)
     assert (done.returncode, done.stderr) == (0, "")
     found = records.load_all([tmp_path])
     sizes = {(r["config"]["batch_size"], r["config"]["seq_length"], r["config"]["flce"]) for r in found}
-    assert sizes == set(itertools.product((1, 2), (32, 64), (False, True)))
+    assert sizes == set(itertools.product((1, 2), (32,), (False, True)))
     for record in found:
         assert (record["status"], record["mode"]) == ("ok", "predicted")
         config = config_of(record)
