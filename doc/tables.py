@@ -1,7 +1,7 @@
 """Tables made from records, in Markdown: the peak and speed of every measured run, and every prediction beside it.
 
 python -m doc.tables measured doc/data > doc/measured.md
-python -m doc.tables predicted doc/data > doc/predicted_vs_measured.md
+python -m doc.tables predicted doc/data/h100_single_gpu > doc/predicted_vs_measured.md
 python -m doc.tables offload doc/data > doc/offload.md
 python -m doc.tables levers doc/data/h200_offload > doc/levers.md
 python -m doc.tables peak doc/data > doc/peak.md

@@ -263,7 +263,17 @@ def test_what_has_no_bar_says_why():
         assert bars(axes).keys() == {(NONE, "1"), (NO_FLCE, "1"), (ALL, "1"), (ALL, "2"), (ALL, "4")}
 
 
-@pytest.mark.parametrize("absent", [out_of_memory, failed, inferred])
+@pytest.mark.parametrize("absent", [out_of_memory, failed, inferred], ids=lambda absent: absent.__name__)
+@pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
+def test_measurement_counts_where_the_same_cell_also_failed(absent, order):
+    """As when an earlier attempt, with another number of steps, is still in the folder."""
+    cell = [make(NONE, 2), absent(NONE, 2, iterations=3)][::order]
+    for axes in drawn([make(NONE, 1), *cell, make(ALL, 1), make(ALL, 2)])[FOUR_FIGURES[0]].axes:
+        assert (NONE, "2") in bars(axes)
+        assert marks(axes, figures.TWO) == {}
+
+
+@pytest.mark.parametrize("absent", [out_of_memory, failed, inferred], ids=lambda absent: absent.__name__)
 def test_failure_is_never_a_bar_whatever_else_it_has(absent):
     """A run that ran out of memory may have recorded a peak before."""
     odd = absent(NONE, 2) | {"peak_memory_bytes": 9 * GIB, "step_seconds": [1.0, 2.0]}
@@ -316,7 +326,7 @@ def test_axes_say_what_and_in_which_unit(rng):
         ({"config": OffloadConfig, "preset": "seed"}, ["ZeRO-3 offload, preset seed", "fp16"]),
         ({"config": OffloadConfig, "gradient_accumulation_steps": 2}, ["gradient_accumulation_steps 2"]),
     ],
-    ids=str,
+    ids=["usual", "limit", "dtype", "model", "offload", "accumulation"],
 )
 def test_title_names_model_machine_and_settings(settings, words):
     found = [make(name, batch, **settings) for name in (NONE, ALL) for batch in (1, 2)]
@@ -369,8 +379,15 @@ def test_every_group_has_files_of_its_own(rng):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"result_dir": "a"}, {"snapshot_dir": ""}, {"log_dir": "b"}, {"debug": True}, {"step_per_print": 2}]
-    + [{"iterations": 50}, {"warmup": 9}],
+    [
+        {"result_dir": "a"},
+        {"snapshot_dir": ""},
+        {"log_dir": "b"},
+        {"debug": True},
+        {"iterations": 50},
+        {"warmup": 9},
+        {"step_per_print": 2},
+    ],
     ids=str,
 )
 def test_what_does_not_change_the_step_does_not_part_runs(setting):
@@ -465,6 +482,13 @@ def test_predictions_stand_beside_the_runs_they_are_of(rng):
     assert (left.get_ylabel(), right.get_ylabel()) == ("predicted, without a GPU, GiB", "error of the prediction, %")
     assert "3 peaks" in figure.get_suptitle()
     assert GPU in figure.get_suptitle()
+
+
+def test_predicted_figure_names_every_machine():
+    found = [predicted(ALL, 1), predicted(ALL, 2), make(ALL, 1), make(ALL, 2, gpu="NVIDIA Other")]
+    title = drawn(found)["predicted_vs_measured.png"].get_suptitle()
+    assert GPU in title
+    assert "NVIDIA Other" in title
 
 
 def test_no_pairs_no_figure():

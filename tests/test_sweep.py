@@ -704,6 +704,22 @@ def test_no_cell_survives_its_sweep(script, number):
                 os.kill(pid, signal.SIGKILL)
 
 
+def test_sweep_under_nohup_outlives_its_terminal(script):
+    """Whoever started it chose that it ignores the end of the terminal."""
+
+    def behave(config):
+        os.kill(os.getppid(), signal.SIGHUP)
+        return finish(config)
+
+    script.behave = behave
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert script("batch_size=1,2", "strategy=all")[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(script.by_batch()) == 2
+
+
 def test_cell_ended_while_it_writes_leaves_a_folder_that_can_be_read(script):
     def behave(config):
         def write(path):
