@@ -241,8 +241,10 @@ WITH_BREAKDOWN = [
 @pytest.mark.parametrize("record", WITH_BREAKDOWN, ids=lambda record: record["run_name"])
 def test_breakdown_is_what_the_gpus_snapshot_showed(record):
     parts, shown = predicted(RunConfig.from_dict(record["config"])).breakdown, record["peak_breakdown"]
-    # Blocks that are taken apart in another order leave other remainders.
-    assert {name: parts.get(name, 0) for name in shown} == pytest.approx(shown, abs=2 * MIB)
+    # A snapshot has what was asked for; a prediction counts what a block has beyond that as the block's.
+    beyond = shown["allocator_rounding"]
+    assert beyond < 0.001 * record["peak_memory_bytes"]
+    assert {name: parts.get(name, 0) for name in shown} == pytest.approx(shown, abs=2 * MIB + beyond)
 
 
 @measured("ok")
