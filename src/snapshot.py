@@ -61,6 +61,7 @@ MAX_FILE_BYTES = 2 * GIB  # of a snapshot, unpacked
 _MAX_READING_BYTES = 8 * GIB
 
 _BLOCK_BYTES = 512  # the allocator's unit
+_BEYOND_ANY_MEMORY = 2**62  # sums of sizes below it fit 64-bit integers
 _LIVE_STATES = ("active_allocated",)
 
 
@@ -225,7 +226,7 @@ def timeline(snapshot: dict[str, Any]) -> Timeline:
     ends = _blocks_at_end(snapshot["segments"], device if trace else None)
     blocks, events, times, lives = _replay(trace, ends)
     _check_frames(blocks)
-    if sum(block.size for block in blocks) >= 2**62:
+    if sum(block.size for block in blocks) >= _BEYOND_ANY_MEMORY:
         raise ValueError("its sizes are beyond any memory")
     phases, measured_peak = [], None
     for note in snapshot.get("external_annotations") or ():
@@ -264,7 +265,7 @@ def _blocks_at_end(segments: list[dict[str, Any]], device: int | None) -> dict[i
 
 
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or not 0 <= value < 2**48:
+    if not isinstance(value, int) or not 0 <= value < _BEYOND_ANY_MEMORY:
         raise ValueError("a size is no number of bytes")
     return value
 

@@ -337,8 +337,9 @@ def outcome(record: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let a request to terminate end the sweep as Ctrl-C does."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in _INTERRUPTIONS}
+    """Let a request to terminate end the sweep as Ctrl-C does; one that is ignored, as under nohup, stays so."""
+    heard = [number for number in _INTERRUPTIONS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in heard}
     try:
         yield
     finally:
