@@ -185,13 +185,8 @@ class OffloadExperiment:
     def labelling(self, attribution: Attribution) -> Iterator[None]:
         """Let ZeRO say which memory it asks for, and which gradients are ready."""
         optimizer = self.engine.optimizer
-        offload = getattr(optimizer, "parameter_offload", None)  # there is none under ZeRO-2
         methods = [
-            (
-                offload and offload.get_param_coordinator(),
-                "_PartitionedParameterCoordinator__all_gather_params",
-                GATHER,
-            ),
+            (_coordinator(optimizer), "_PartitionedParameterCoordinator__all_gather_params", GATHER),
             (optimizer, "reduce_independent_p_g_buckets_and_remove_grads", REDUCE),
             (optimizer, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads", REDUCE),
         ]
