@@ -28,8 +28,6 @@ FOUR_FIGURES = (
     "comparison_fixed_batch_4_3_strategies.png",
 )
 
-unfinished = pytest.mark.xfail(reason="drawing does not do this yet")
-
 
 def make(name, batch_size, seq_length=1024, *, config=RunConfig, gpu=GPU, seconds=None, peak=None, **settings):
     """A record of a measured run with the strategy that figures call `name`."""
@@ -236,7 +234,6 @@ def test_steps_that_took_the_same_time_have_no_whiskers():
     assert whiskers(drawn(found)["latency.png"].axes[0]) == {}
 
 
-@unfinished
 def test_run_of_one_step_is_drawn_without_whiskers():
     found = [make(name, batch, seconds=[0.5], iterations=1) for name in (NONE, ALL) for batch in (1, 2)]
     (times,) = drawn(found)["latency.png"].axes
@@ -266,7 +263,6 @@ def test_what_has_no_bar_says_why():
         assert bars(axes).keys() == {(NONE, "1"), (NO_FLCE, "1"), (ALL, "1"), (ALL, "2"), (ALL, "4")}
 
 
-@unfinished
 @pytest.mark.parametrize("absent", [failed, inferred], ids=lambda absent: absent.__name__)
 @pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
 def test_measurement_counts_where_the_same_cell_also_failed(absent, order):
@@ -381,7 +377,6 @@ def test_every_group_has_files_of_its_own(rng):
     assert len(drawn(found)) == 3 * len(groups)
 
 
-@unfinished
 @pytest.mark.parametrize(
     "setting",
     [
@@ -412,7 +407,6 @@ def test_predictions_interpreted_runs_and_searches_are_no_bars():
     assert {size for _, size in bars(left)} == {"1", "2"}
 
 
-@unfinished
 def test_cells_inferred_from_predictions_are_no_figure_of_measured_runs():
     """What a sweep with --dry_run --gpu_memory_gib leaves."""
     card = {"dry_run": True, "gpu_memory_gib": 24.0, "gpu": None}
@@ -422,7 +416,6 @@ def test_cells_inferred_from_predictions_are_no_figure_of_measured_runs():
     assert drawn(found) == {}
 
 
-@unfinished
 def test_strategies_that_the_figures_do_not_compare_give_no_empty_figure():
     found = [make(ALL, batch) for batch in (1, 2)]
     for record in found:
@@ -491,7 +484,6 @@ def test_predictions_stand_beside_the_runs_they_are_of(rng):
     assert GPU in figure.get_suptitle()
 
 
-@unfinished
 def test_predicted_figure_names_every_machine():
     found = [predicted(ALL, 1), predicted(ALL, 2), make(ALL, 1), make(ALL, 2, gpu="NVIDIA Other")]
     title = drawn(found)["predicted_vs_measured.png"].get_suptitle()
@@ -660,7 +652,6 @@ def test_bad_folder_is_one_line_and_status_2(draw, rng, tmp_path, name):
     assert_one_error_line(stderr, str(tmp_path / name))
 
 
-@unfinished
 def test_no_records_anywhere_is_one_line_that_says_where(draw):
     status, _, stderr = draw()
     assert status == 2
@@ -670,7 +661,6 @@ def test_no_records_anywhere_is_one_line_that_says_where(draw):
 GARBAGE = [b"", b"{", b"\x80\x04\x95", b"[]", b"null", b'{"schema": 99}', b'{"benchmark": {}}', b'{"schema": 1}']
 
 
-@unfinished
 @pytest.mark.parametrize("arguments", [[], ["--table", "markdown"]], ids=["figures", "table"])
 @pytest.mark.parametrize("content", GARBAGE, ids=str)
 def test_file_that_is_no_record_is_one_line_and_status_2(draw, rng, tmp_path, content, arguments):
@@ -693,7 +683,6 @@ def test_record_that_is_being_written_is_passed_over(draw, tmp_path):
     assert len(stdout.split()) == 3
 
 
-@unfinished
 def test_nothing_to_compare_is_said(draw, tmp_path):
     write(tmp_path / "here/results", [make(ALL, 1)])
     _, stdout, stderr = draw()
