@@ -162,6 +162,7 @@ def _bars(
                 text = absence(record)
                 axes.annotate(text, (x, 0), (0, 3), textcoords="offset points", ha="center", rotation=90, fontsize=7)
     axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
+    axes.set_xlim(-0.6, len(sizes) - 0.4)  # sizes without bars, too
     axes.set_xlabel(axis.label)
     axes.set_ylabel(unit)
     axes.yaxis.set_major_formatter("{x:,.0f}")
@@ -180,10 +181,14 @@ def absence(record: Record | None) -> str:
     return "failed"
 
 
+def _short_model(config: RunConfig) -> str:
+    return config.model_name.rsplit("/")[-1]
+
+
 def setting_words(record: Record) -> str:
     """Model, machine and settings, for a title or a cell."""
     config: RunConfig = config_of(record)
-    words = [config.model_name.rsplit("/")[-1], config.dtype]
+    words = [_short_model(config), config.dtype]
     if record["script"] == "deepspeed":
         words.append(f"ZeRO-3 offload, preset {config.preset}")
     words.append("gradient checkpointing" if config.gradient_checkpointing else "no checkpointing")
@@ -250,6 +255,7 @@ def predicted_figure(pairs: Sequence[tuple[Record, Record]]) -> Figure:
         axes.grid(linewidth=0.4, alpha=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     machines = ", ".join(sorted({machine(measurement) for _, measurement in pairs}))
-    drawing.suptitle(f"{len(pairs)} peaks; measured: {machines}", fontsize=9)
+    models = ", ".join(sorted({_short_model(config_of(measurement)) for _, measurement in pairs}))
+    drawing.suptitle(f"{len(pairs)} peaks of {models}; measured: {machines}", fontsize=9)
     drawing.legend(loc="outside lower center", ncols=len(_MARKERS), fontsize=9, frameon=False)
     return drawing

@@ -15,6 +15,7 @@ from PIL import Image
 
 import drawing
 from src import figures, records, tables
+from src import study as study_of
 from src.config import STRATEGIES, OffloadConfig, RunConfig
 from src.utils import GIB, median_and_iqr
 from tests.helpers import ROOT, assert_one_error_line, run_python
@@ -370,6 +371,119 @@ def test_other_settings_go_to_other_files(setting):
             assert set(bars(figure.axes[1]).values()) == {1 if name in usual else 5}
 
 
+def grids(names=STRATEGIES, without=(), **settings):
+    """Both of the original's grids, but for some cells."""
+    cells = [cell for cell in study_of.GRID if cell.strategy in names and cell not in without]
+    return [make(*cell, **settings) for cell in cells]
+
+
+def usual_title(found):
+    """The title of the figure with the original's first name, and how many figures there are of each."""
+    named = drawn(found)
+    assert len(named) == 5 * sum(name.startswith("latency") for name in named)
+    return named[FOUR_FIGURES[0]].get_suptitle()
+
+
+OFFLOAD = {"config": OffloadConfig, "dtype": "fp16"}
+
+
+def test_grid_is_the_originals():
+    assert len(study_of.GRID) == len(set(study_of.GRID)) == 45
+    with (ROOT / "doc/data/original/rtx4090_offload.csv").open() as file:
+        published = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    assert {(r["strategy"], int(r["batch_size"]), int(r["seq_length"])) for r in published} < set(study_of.GRID)
+
+
+@pytest.mark.parametrize(
+    "lesser",
+    [
+        {},
+        {"gradient_checkpointing": False},
+        {**OFFLOAD, "preset": "fast"},
+        {**OFFLOAD, "memory_limit_gib": 24.0},
+        {**OFFLOAD, "world_size": 2},
+        {**OFFLOAD, "gpu": "NVIDIA Younger"},
+    ],
+    ids=["one GPU", "no checkpointing", "fast", "limit", "two GPUs", "another machine"],
+)
+@pytest.mark.parametrize("lost", [0, 4])
+def test_offload_grids_have_the_originals_names(rng, lesser, lost):
+    """Also if a few of their cells are missing or crashed."""
+    missing, crashed = (rng.sample(study_of.GRID, lost) if "gpu" not in lesser else () for _ in range(2))
+    found = grids(without=missing, **OFFLOAD) + grids(**lesser)
+    for record in found[: 45 - len(missing)]:
+        if study_of.cell(record) in crashed:
+            record |= failed(*study_of.cell(record), **OFFLOAD)
+    rng.shuffle(found)
+    title = usual_title(found)
+    assert "ZeRO-3 offload, preset seed, gradient checkpointing" in title
+    assert title.splitlines()[0].endswith(GPU)
+
+
+def test_grids_come_before_a_few_cells_whatever_those_are_of(rng):
+    few = [make(*cell, **OFFLOAD) for cell in study_of.GRID if cell.batch_size in (1, 8) or cell.seq_length == 512]
+    few += [make(*cell, **OFFLOAD) for cell in study_of.GRID if cell.seq_length == 4096]
+    found = few + grids()
+    rng.shuffle(found)
+    assert "offload" not in usual_title(found)
+
+
+def test_of_two_measurements_of_a_cell_the_later_counts(rng):
+    """Records of several folders."""
+    common = [make(NONE, 1), make(ALL, 1), make(ALL, 2)]
+    cell = [
+        make(NONE, 2, peak=(3 + i) * GIB, iterations=5 + i, environment={"gpu": GPU, "date": f"2026-11-2{i}T17:29:32"})
+        for i in range(3)
+    ]
+    rng.shuffle(cell)
+    _, right = drawn(common + cell)[FOUR_FIGURES[0]].axes
+    assert bars(right)[NONE, "2"] == 5
+
+
+@pytest.mark.parametrize("absent", [failed, inferred], ids=lambda absent: absent.__name__)
+@pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
+def test_out_of_memory_counts_before_what_is_not_measured(absent, order):
+    cell = [out_of_memory(NONE, 2), absent(NONE, 2, iterations=3)][::order]
+    left, _ = drawn([make(NONE, 1), *cell, make(ALL, 1), make(ALL, 2)])[FOUR_FIGURES[0]].axes
+    assert marks(left, figures.TWO) == {(NONE, "2"): "OOM"}
+
+
+def test_runs_with_other_cpus_are_drawn_by_themselves_only_where_these_compute():
+    machines = [{"gpu": GPU, "cpu_count": cores} for cores in (8, 64)]
+    for config, groups in ((RunConfig, 1), (OffloadConfig, 2)):
+        found = [make(n, b, config=config, environment=m) for m in machines for n in (NONE, ALL) for b in (1, 2)]
+        named = drawn(found)
+        assert len(named) == 3 * groups
+        titles = {figure.get_suptitle() for figure in named.values()}
+        assert all("CPU cores" in title for title in titles) == (config is OffloadConfig)
+
+
+def test_versions_are_named_where_they_differ():
+    found = [
+        make(name, batch, environment={"gpu": GPU, "torch": f"2.{10 + batch}", "triton": "3.9"})
+        for name in (NONE, ALL)
+        for batch in (1, 2)
+    ]
+    for figure in drawn(found).values():
+        assert "torch 2.11 and 2.12" in figure.get_suptitle()
+        assert "triton" not in figure.get_suptitle()
+
+
+def test_size_without_any_bar_is_on_the_axis():
+    found = [make(name, batch) for name in (NONE, ALL) for batch in (1, 2)]
+    found += [out_of_memory(name, 4) for name in (NONE, ALL)]
+    for figure in drawn(found).values():
+        for axes in figure.axes:
+            assert axes.get_xlim() == (-0.6, 2.6)
+
+
+def test_batch_of_several_gpus_says_so():
+    found = [make(name, batch, config=OffloadConfig, world_size=2) for name in (NONE, ALL) for batch in (1, 2)]
+    axes = drawn(found)[FOUR_FIGURES[0]].axes[0]
+    assert axes.get_xlabel() == "batch size per GPU, 1024 tokens a sequence"
+    assert set(bars(axes).values()) == {2 * b * 1024 / median_and_iqr([0.5, 0.25, 0.75, 1.0])[0] for b in (1, 2)}
+
+
 def test_every_group_has_files_of_its_own(rng):
     groups = [{}, *SETTINGS.values()]
     found = [make(name, batch, **settings) for settings in groups for name in (NONE, ALL) for batch in (1, 2)]
@@ -491,6 +605,18 @@ def test_predicted_figure_names_every_machine():
     assert "NVIDIA Other" in title
 
 
+def test_predicted_figure_shows_all_the_peaks_that_it_counts():
+    odd = [make(ALL, 1, peak=3 * GIB), predicted(ALL, 1, peak=4 * GIB)]
+    for record in odd:
+        record["config"] |= {"flce": False}
+        record["config"] |= {"rope": False}
+    figure = drawn([*odd, make(ALL, 1), predicted(ALL, 1)])["predicted_vs_measured.png"]
+    points = [tuple(map(float, point)) for line in figure.axes[0].lines for point in zip(*line.get_data())]
+    assert "2 peaks" in figure.get_suptitle()
+    assert {(3, 4), (2, 2)} < set(points)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [ALL, "other kernels"]
+
+
 def test_no_pairs_no_figure():
     assert drawn([make(ALL, 1), predicted(ALL, 2)]) == {}
     assert drawn([predicted(ALL, 1)]) == {}
@@ -505,6 +631,10 @@ RECORDS = {
     "failed": failed(NO_FLCE, 8),
     "out of memory": out_of_memory(ALL, 8, 16384, memory_limit_gib=24.0),
     "predicted": predicted(ALL, 8) | {"mfu": None, "latency_iqr_s": None},
+    "predicted out of memory": out_of_memory(NONE, 64, mode="predicted", simulated_gpu="H", gpu=None, dry_run=True),
+    "inferred from that": inferred(NONE, 96, gpu=None, dry_run=True),
+    "search": predicted(NO_FLCE, 8, find_max="batch_size")
+    | {"frontier": {"searched": "batch_size", "predicted": 17}, "mfu": None, "latency_iqr_s": None},
     "offload": make(ALL, 4, config=OffloadConfig, preset="fast", dtype="bf16", optimizer="overlapped_cpu_adam"),
 }
 ROWS = {
@@ -514,14 +644,19 @@ ROWS = {
     "out of memory": f"{ALL};8;16,384;{TITLE}, limited to 24 GiB;OOM;;;;;",
     "predicted": f"{ALL};8;1,024;{TITLE.replace(GPU, 'NVIDIA H100')};predicted;2.00;;;;",
 }
+OTHER_ROWS = {
+    "predicted out of memory": f"{NONE};64;1,024;{TITLE.replace(GPU, 'H')};OOM (predicted);;;;;",
+    "inferred from that": f"{NONE};96;1,024;{TITLE.replace(GPU, 'no GPU')};OOM* (predicted);;;;;",
+    "search": f"{NO_FLCE};17;1,024;{TITLE.replace(GPU, 'NVIDIA H100')}, find_max batch_size;predicted;2.00;;;;",
+}
 HEADER = "kernels;batch;seq;settings;status;peak GiB;ms a step;IQR ms;tokens/s;MFU"
 
 
-@pytest.mark.parametrize("kind", ROWS)
-def test_row_of_a_record(kind):
+@pytest.mark.parametrize(("kind", "expected"), [*ROWS.items(), *OTHER_ROWS.items()])
+def test_row_of_a_record(kind, expected):
     header, row = tables.runs_table([RECORDS[kind]])
     assert header == HEADER.split(";")
-    assert row == ROWS[kind].split(";")
+    assert row == expected.split(";")
 
 
 def test_row_of_an_offloaded_run_says_so():
@@ -659,6 +794,10 @@ def test_no_records_anywhere_is_one_line_that_says_where(draw):
 
 
 GARBAGE = [b"", b"{", b"\x80\x04\x95", b"[]", b"null", b'{"schema": 99}', b'{"benchmark": {}}', b'{"schema": 1}']
+GARBAGE += [b'{"schema": 1, "status": "ok", "script": "all_gpu", "config": {}, "environment": {"gpu": "X"}}']
+GARBAGE += [
+    b'{"schema": 1, "status": "ok", "mode": "measured", "script": "none", "config": {}, "environment": {"gpu": ""}}'
+]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--table", "markdown"]], ids=["figures", "table"])
@@ -685,13 +824,22 @@ def test_record_that_is_being_written_is_passed_over(draw, tmp_path):
 
 def test_nothing_to_compare_is_said(draw, tmp_path):
     write(tmp_path / "here/results", [make(ALL, 1)])
-    _, stdout, stderr = draw()
-    assert stdout + stderr != ""
+    status, stdout, stderr = draw()
+    assert (status, stderr) == (0, "")
+    assert "two strategies" in stdout
+
+
+def test_folder_that_cannot_be_written_is_one_line(draw, monkeypatch, tmp_path):
+    write(tmp_path / "here/results", [make(name, batch) for name in (NONE, ALL) for batch in (1, 2)])
+    (tmp_path / "here" / FOUR_FIGURES[0]).mkdir()
+    status, _, stderr = draw()
+    assert status == 1
+    assert_one_error_line(stderr, FOUR_FIGURES[0])
 
 
 def test_program_without_torch(tmp_path):
     """Drawing takes a moment: what reads results imports no torch."""
-    for module in ("drawing", "src.figures", "src.tables", "src.records"):
+    for module in ("drawing", "src.figures", "src.study", "src.tables", "src.records"):
         done = run_python("-c", f"import {module}, sys; print('torch' in sys.modules)")
         assert (done.stdout, done.stderr) == ("False\n", ""), module
     write(tmp_path / "results", [make(name, batch) for name in (NONE, ALL) for batch in (1, 2)])
