@@ -53,10 +53,22 @@ def settings(config: RunConfig) -> RunConfig:
 
 
 def machine(record: Record) -> str:
-    """The GPU, and where Adam runs on the CPU how many cores that has."""
+    """The GPU, and where Adam runs on the CPU how many cores that has and how its threads are bound."""
     gpu = record["simulated_gpu"] or record["environment"]["gpu"] or "no GPU"
-    cores = record["environment"].get("cpu_count") if record["script"] == "deepspeed" else None
-    return gpu if cores is None else f"{gpu}, {cores} CPU cores"
+    cores = record["environment"].get("cpu_count")
+    if record["script"] != "deepspeed" or cores is None:
+        return gpu
+    return ", ".join([gpu, f"{cores} CPU cores", *thread_variables(record)])
+
+
+def gpu_name(record: Record) -> str:
+    """The GPU's short name."""
+    return record["environment"]["gpu"].removeprefix("NVIDIA ").split()[0]
+
+
+def thread_variables(record: Record) -> list[str]:
+    """The environment variables of a run that bear on its threads."""
+    return [f"{name}={value}" for name, value in (record["environment"].get("omp") or {}).items()]
 
 
 def cell(record: Record) -> Cell:
