@@ -170,9 +170,9 @@ def original_document(runs: Sequence[Record]) -> str:
 INTRODUCTION = (
     "The original measured Llama 3.2 1B under DeepSpeed ZeRO-3 with everything offloaded, in fp16 with gradient "
     "checkpointing, on one RTX 4090 with 24 GB and an i9-13900K, in October 2024. Its figures are in "
-    "`doc/data/original/`. Where it has none, it drew OOM; cells that it does not show at all are marked `no figure`. "
-    "Ours are of both presets: `seed` has the original's DeepSpeed settings, `fast` is bf16 with ours. `OOM*` was not "
-    "run: a smaller one ran out of memory."
+    "`doc/data/original/`: `OOM` is what it drew where it reports no figure, `no figure` a cell of its grids that it "
+    "does not show. Ours are of both presets: `seed` has the original's DeepSpeed settings, `fast` is bf16 with ours. "
+    "`OOM*` was not run: a smaller one ran out of memory."
 )
 
 WHY = """## Why they differ
