@@ -111,11 +111,10 @@ class Frontier(NamedTuple):
 
 def frontier(column: Column, strategy: str, line: Line) -> Frontier:
     """The sizes that ran, and those that ran out of memory."""
-    cells = line.cells(strategy)
-    full = {size: absence(column.cells[cell]) for size, cell in cells.items() if cell in column.cells}
+    records = {size: column.cells[cell] for size, cell in line.cells(strategy).items() if cell in column.cells}
     return Frontier(
-        [size for size, cell in cells.items() if column.ran(cell)],
-        {size: reason for size, reason in full.items() if reason.startswith("OOM") and not column.ran(cells[size])},
+        [size for size, record in records.items() if record["status"] == "ok"],
+        {size: absence(record) for size, record in records.items() if record["status"] == "oom"},
     )
 
 

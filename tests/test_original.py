@@ -269,6 +269,7 @@ def test_largest_and_fastest_that_fit(rng):
         used(make(ALL, 16, gpu=GPU, dtype="fp32"), 1),
         used(make(ALL, 16, gpu=GPU, optimizer="sgd"), 1),
         used(make(ALL, 32, **FAST, seconds=[4.0] * 3), 10),
+        used(make(ALL, 96, **FAST), 10, gpu=GPU, omp={"OMP_PLACES": "cores"}),
     ]
     rng.shuffle(found)
     large, small = (best_rows(found, budget) for budget in ("80 GB", "24 GiB"))
@@ -289,6 +290,7 @@ def test_largest_and_fastest_that_fit(rng):
     assert small["ZeRO-3 offload, preset seed", ALL, ""][:3] == 3 * ["not measured"]
     text = best.best_document(found)
     assert f"measured on an H100 that fit: {checkpointed}, {NONE}, 3 x 5000: 150,000 tokens/s." in text
+    assert "measured on an H200 that fit" not in text
     assert f"- {checkpointed}: H100 5, H200 1" in text
     assert "- ZeRO-3 offload, preset seed: not measured" in text
 
@@ -301,7 +303,7 @@ def searched(name, field, size, card_gib=None, cell=None, simulated_gpu=H100.nam
     return predicted(name, *(cell or {"batch_size": (8, 1024), "seq_length": (4, 1024)}[field]), **fields, **settings)
 
 
-def test_predictions_stand_in_columns_of_their_own_only(rng):
+def test_predictions_stand_in_columns_of_their_own_only():
     setting = "one GPU, bf16, checkpointing"
     found = [
         used(make(NONE, 8, gpu=GPU), 20),
@@ -314,8 +316,8 @@ def test_predictions_stand_in_columns_of_their_own_only(rng):
         searched(NONE, "batch_size", 98, 24.0, dtype="fp32"),
         searched(NONE, "batch_size", 97, 24.0, simulated_gpu="NVIDIA Other"),
     ]
-    rng.shuffle(found)
     small, large = best_rows(found, "24 GiB"), best_rows(found, "80 GB")
+    assert best_rows(found[::-1], "24 GiB") == small
     assert small[setting, NONE, "H100"][0::3] == ["8 (none larger measured)", "11"]
     assert small[setting, NONE, "H100"][4] == "2,176"
     assert large[setting, NONE, "H100"][3:] == ["77", "not predicted"]
