@@ -128,7 +128,7 @@ def _table(grouped: Runs, predictions: dict[tuple, int], budget: int) -> str:
                         gpu,
                         *(_largest(own, line, budget) for line in LINES),
                         _fastest(own, budget),
-                        *("not predicted" if size is None else f"{size:,}" for size in predicted),
+                        *("not predicted" if size is None else f"{size:,}" if size else "none" for size in predicted),
                     ]
                 )
     header = ["settings", "kernels", "GPU", *(line.what for line in LINES), "fastest that fits, tokens/s"]

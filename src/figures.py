@@ -65,7 +65,8 @@ def _figures_of(cells: Cells) -> Iterator[tuple[str, Figure]]:
     sizes: dict[int, set[int]] = defaultdict(set)
     for cell in cells:
         sizes[cell.seq_length].add(cell.batch_size)
-    length = max(sizes, key=lambda length: (len(sizes[length]), length == study.FIXED_LENGTH, length))
+    fixed = study.FIXED_LENGTH
+    length = fixed if len(sizes[fixed]) > 1 else max(sizes, key=lambda length: (len(sizes[length]), length))
     per_gpu = " per GPU" if next(iter(cells.values()))["config"].get("world_size", 1) > 1 else ""
     by_batch = {cell: record for cell, record in cells.items() if cell.seq_length == length}
     axis = Axis("batch_size", f"batch size{per_gpu}, {length} tokens a sequence")

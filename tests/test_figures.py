@@ -122,6 +122,17 @@ def test_only_figures_whose_cells_are_there(cells, names):
     assert list(drawn([make(name, *cell) for name in (NONE, ALL) for cell in cells])) == names
 
 
+def test_batch_sizes_are_those_at_the_originals_length_if_there_are_some(rng):
+    cells = [(batch, 1024) for batch in (1, 8)] + [(batch, 300) for batch in (1, 2, 3)]
+    found = [make(name, *cell) for cell in cells for name in (NONE, ALL)]
+    rng.shuffle(found)
+    assert drawn(found)[FOUR_FIGURES[0]].axes[0].get_xlabel() == "batch size, 1024 tokens a sequence"
+    without = [
+        record for record in found if record["config"]["seq_length"] == 300 or record["config"]["batch_size"] == 8
+    ]
+    assert drawn(without)[FOUR_FIGURES[0]].axes[0].get_xlabel() == "batch size, 300 tokens a sequence"
+
+
 def test_one_strategy_alone_is_not_compared():
     assert drawn([make(ALL, batch) for batch in (1, 2, 4)]) == {}
 

@@ -311,6 +311,7 @@ def test_predictions_stand_in_columns_of_their_own_only():
         searched(NONE, "batch_size", 77),
         searched(NONE, "seq_length", 2176, 24.0),
         searched(NONE, "batch_size", 5, 16.0),
+        searched(ALL, "seq_length", 0, 24.0),
         searched(NONE, "batch_size", 6, 24.0, gradient_checkpointing=False),
         searched(NONE, "batch_size", 99, 24.0, cell=(8, 512)),
         searched(NONE, "batch_size", 98, 24.0, dtype="fp32"),
@@ -320,6 +321,7 @@ def test_predictions_stand_in_columns_of_their_own_only():
     assert best_rows(found[::-1], "24 GiB") == small
     assert small[setting, NONE, "H100"][0::3] == ["8 (none larger measured)", "11"]
     assert small[setting, NONE, "H100"][4] == "2,176"
+    assert small[setting, ALL, "H100"] == [*3 * ["not measured"], "not predicted", "none"]
     assert large[setting, NONE, "H100"][3:] == ["77", "not predicted"]
     assert small["one GPU, bf16, no checkpointing", NONE, ""] == 3 * ["not measured"] + ["6", "not predicted"]
 
