@@ -166,7 +166,7 @@ def _bars(
     axes.set_xlim(-0.6, len(sizes) - 0.4)  # sizes without bars, too
     axes.set_xlabel(axis.label)
     axes.set_ylabel(unit)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.12g}")
     axes.set_title(title, fontsize=10)
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)
     axes.set_axisbelow(True)

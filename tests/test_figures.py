@@ -282,6 +282,17 @@ def test_axes_say_what_and_in_which_unit(rng):
             assert axes.get_ylim()[0] == 0
 
 
+@pytest.mark.parametrize("peak", [0.003, 0.7, 21.5, 70])
+@pytest.mark.parametrize("seconds", [1e-4, 0.3, 20])
+def test_ticks_are_where_their_labels_say(peak, seconds):
+    found = [make(name, b, peak=int(peak * b * GIB), seconds=[seconds]) for name in (NONE, ALL) for b in (1, 2)]
+    for figure in drawn(found).values():
+        figure.canvas.draw()
+        for axes in figure.axes:
+            told = [float(label.get_text().replace(",", "")) for label in axes.get_yticklabels()]
+            assert told == pytest.approx(list(axes.get_yticks()))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
