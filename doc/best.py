@@ -4,14 +4,17 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from doc.original import LINES, NOT_MEASURED, OFFLOAD, Line, bracket
+from doc.original import LINES, MODEL, NOT_MEASURED, OFFLOAD, Line, bracket
 from src import study
 from src.config import STRATEGIES, RunConfig, config_of
 from src.fake_gpu import H100
+from src.frontier import GRANULARITY
+from src.model_utils import SHAPES
 from src.study import Record
 from src.tables import markdown
 from src.utils import GIB
 
+POSITIONS = SHAPES[MODEL]["max_position_embeddings"]
 BUDGETS = {"80 GB": H100.memory_bytes, "24 GiB": 24 * GIB}
 SETTINGS: dict[str, RunConfig] = {
     "one GPU, bf16, checkpointing": RunConfig(),
@@ -36,7 +39,8 @@ took. A run under a limit of 24 GiB had all of that for its allocator; a card of
 not run, as a smaller one ran out of memory. `none larger measured`: the largest that was tried fits.
 
 The columns `predicted` are no measurements: `--dry_run --find_max` for a card of that size, its context taken off, in
-steps of 1 sequence and 128 tokens, up to the model's 131,072 positions."""
+steps of {GRANULARITY["batch_size"]} sequence and {GRANULARITY["seq_length"]} tokens, up to the model's {POSITIONS:,}
+positions."""
 
 
 def best_document(runs: Sequence[Record]) -> str:

@@ -23,7 +23,8 @@ CARD_GIB = 24.0  # the original's card
 NOT_MEASURED = "not measured"
 NONE, NO_FLCE, ALL = STRATEGIES
 OFFLOAD = {name: OffloadConfig(preset=name, **settings) for name, settings in PRESETS.items()}
-VOCABULARY = SHAPES[OffloadConfig.model_name.removesuffix("-Instruct")]["vocab_size"]
+MODEL = OffloadConfig.model_name.removesuffix("-Instruct")
+VOCABULARY = SHAPES[MODEL]["vocab_size"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,15 +175,15 @@ INTRODUCTION = (
     "`OOM*` was not run: a smaller one ran out of memory."
 )
 
-WHY = """## Why they differ
+WHY = f"""## Why they differ
 
 - **Measuring.** The original timed 3 iterations without a warm-up and with the profiler on, so its throughput is too
-  low by an unknown amount. Ours is the median of 5 steps after a warm-up, with profiler and snapshot in other steps.
+  low by an unknown amount. Ours is the median of {OffloadConfig.iterations} steps or more after a warm-up, with
+  profiler and snapshot in other steps.
 - **Machine.** Under offloading a step is bound by PCIe, host memory and the CPU as much as by the GPU. Throughput is to
   be compared within a column, not between two. A limit of 24 GiB leaves the allocator more than a card of 24 GiB does,
   whose CUDA context takes some first.
-- **Libraries.** The original names no versions; ours are above. Their effects were not told apart, except for the one
-  below."""
+- **Libraries.** The original names no versions; ours are above. Their effects were not measured one by one."""
 
 _LOGITS_COPY = (
     "When the original was measured, transformers' loss made one more fp32 copy of the logits, shifted by a token; "

@@ -1,6 +1,7 @@
 """The original's grids, and which records answer for their cells. Needs no torch."""
 
 import dataclasses
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -62,8 +63,10 @@ def machine(record: Record) -> str:
 
 
 def gpu_name(record: Record) -> str:
-    """The GPU's short name."""
-    return record["environment"]["gpu"].removeprefix("NVIDIA ").split()[0]
+    """The GPU's short name: H100 for NVIDIA H100 80GB HBM3."""
+    name = record["environment"]["gpu"]
+    model = re.search(r"\b([RG]TX )?[A-Z]*\d+[A-Z]*\b", name)
+    return model.group() if model else name
 
 
 def thread_variables(record: Record) -> list[str]:

@@ -216,6 +216,22 @@ def test_frontiers_are_those_under_the_limit(rng):
     assert sequence.endswith("at least 1 times, though none larger was measured without any")
 
 
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        (GPU, "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("Tesla V100-SXM2-16GB", "V100"),
+        ("NVIDIA Other", "NVIDIA Other"),
+    ],
+)
+def test_short_name_tells_gpus_apart(name, short):
+    assert study.gpu_name({"environment": {"gpu": name}}) == short
+
+
 # The best that fits
 
 
