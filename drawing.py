@@ -14,6 +14,7 @@ the names above, ZeRO-3 offload first, the others add settings and machine to th
 import argparse
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from src import figures, records, tables
 from src.config import UsageError
@@ -22,12 +23,12 @@ from src.utils import ExitStatus, error_line
 STUDY = Path(__file__).parent / "doc" / "data" / "study"
 
 
-def load(folders: list[Path]) -> list[dict]:
-    """The records in `folders`, or the study's if none are named and there are none of the user's own."""
+def load(folders: list[Path], notes: TextIO) -> list[dict]:
+    """The records in `folders`, or the study's, as `notes` then says, if none are named nor any of the user's own."""
     searched = folders or [Path("results")]
     found = records.load_all(searched)
     if not found and not folders:
-        print("No records in results/: these are the study's own.")
+        print("No records in results/: these are the study's own.", file=notes)
         found = records.load_all([STUDY])
     if not found:
         raise UsageError(f"no records below {', '.join(map(str, searched))}")
@@ -41,7 +42,7 @@ def main() -> int:
     parser.add_argument("--table", choices=tables.FORMATS, help="print a table and draw nothing")
     arguments = parser.parse_args()
     try:
-        found = load(arguments.folder)
+        found = load(arguments.folder, sys.stderr if arguments.table else sys.stdout)
         if arguments.table:
             print(tables.FORMATS[arguments.table](tables.runs_table(found)))
             return ExitStatus.DONE

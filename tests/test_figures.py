@@ -722,6 +722,15 @@ def test_empty_folder_draws_the_study_and_says_so(draw, rng, tmp_path):
     assert set(FOUR_FIGURES) < set(names)
 
 
+@pytest.mark.parametrize("form", tables.FORMATS)
+def test_table_of_the_study_has_nothing_else_in_it(draw, rng, tmp_path, form):
+    found = study(rng)
+    write(tmp_path / "study", found)
+    status, stdout, stderr = draw("--table", form)
+    assert (status, stdout) == (0, tables.FORMATS[form](tables.runs_table(found)) + "\n")
+    assert "study" in stderr
+
+
 def test_records_of_ones_own_come_before_the_study(draw, rng, tmp_path):
     write(tmp_path / "study", study(rng))
     write(tmp_path / "here/results", [make(name, batch) for name in (NONE, ALL) for batch in (1, 2)])
