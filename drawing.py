@@ -7,12 +7,14 @@
 Writes PNG files into the current folder: throughput and peak memory by batch size (comparison_2_strategies.png,
 comparison_3_strategies.png) and by sequence length at batch 4 (comparison_fixed_batch_4_2_strategies.png,
 comparison_fixed_batch_4_3_strategies.png), latency.png, and predicted_vs_measured.png where predictions are among the
-records. Runs with other settings are drawn by themselves, the settings added to the file's name.
+records. Runs of other settings or machines are drawn by themselves; those that have most of the original's grids have
+the names above, ZeRO-3 offload first, the others add settings and machine to them.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TextIO
 
 from src import figures, records, tables
 from src.config import UsageError
@@ -21,14 +23,15 @@ from src.utils import ExitStatus, error_line
 STUDY = Path(__file__).parent / "doc" / "data" / "study"
 
 
-def load(folders: list[Path]) -> list[dict]:
-    """The records in `folders`, or the study's if none are named and there are none of the user's own."""
-    found = records.load_all(folders or [Path("results")])
+def load(folders: list[Path], notes: TextIO) -> list[dict]:
+    """The records in `folders`, or the study's, as `notes` then says, if none are named nor any of the user's own."""
+    searched = folders or [Path("results")]
+    found = records.load_all(searched)
     if not found and not folders:
-        print("No records in results/: these are the study's own.")
+        print("No records in results/: these are the study's own.", file=notes)
         found = records.load_all([STUDY])
     if not found:
-        raise UsageError(f"no records below {', '.join(map(str, folders))}")
+        raise UsageError(f"no records below {', '.join(map(str, searched))}")
     return found
 
 
@@ -39,16 +42,22 @@ def main() -> int:
     parser.add_argument("--table", choices=tables.FORMATS, help="print a table and draw nothing")
     arguments = parser.parse_args()
     try:
-        found = load(arguments.folder)
+        found = load(arguments.folder, sys.stderr if arguments.table else sys.stdout)
         if arguments.table:
             print(tables.FORMATS[arguments.table](tables.runs_table(found)))
             return ExitStatus.DONE
-        for name, figure in figures.all_figures(found):
+        named = list(figures.all_figures(found))
+        for name, figure in named:
             figure.savefig(name, dpi=150)
             print(name)
+        if not named:
+            print("Nothing to draw: figures compare two strategies at two sizes. --table markdown lists the records.")
     except UsageError as error:
         error_line(error)
         return ExitStatus.BAD_ARGUMENTS
+    except OSError as error:
+        error_line(error)
+        return ExitStatus.FAILED
     return ExitStatus.DONE
 
 

@@ -5,20 +5,24 @@ python -m doc.tables predicted doc/data/h100_single_gpu > doc/predicted_vs_measu
 python -m doc.tables offload doc/data > doc/offload.md
 python -m doc.tables levers doc/data/h200_offload > doc/levers.md
 python -m doc.tables peak doc/data > doc/peak.md
+python -m doc.tables original doc/data > doc/original.md
+python -m doc.tables best doc/data > doc/best.md
 """
 
 import argparse
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import all_gpu_liger_kernel as single_gpu
+from doc.best import best_document
 from doc.levers import LEVERS
+from doc.original import original_document
 from src import records
 from src.allocator import SimulatedOutOfMemory
 from src.config import DTYPES, PRESETS, RunConfig, Strategy, UsageError, config_of
@@ -27,14 +31,17 @@ from src.fake_gpu import H100
 from src.figures import setting_words
 from src.model_utils import SHAPES, TORCH_DTYPES
 from src.snapshot import waterfall
+from src.study import gpu_name, thread_variables
 from src.tables import markdown
 from src.utils import GIB, MIB, error_line
 
 
-def load_all(folder: Path, script: str | None = "all_gpu") -> list[dict[str, Any]]:
-    """Every measured record of a script, or of both, below `folder`, by model, settings, tokens and kernels."""
+def load_all(
+    folder: Path, script: str | None = "all_gpu", modes: Collection[str] = ("measured",)
+) -> list[dict[str, Any]]:
+    """Every record of a script, or of both, of these modes below `folder`, by model, settings, tokens and kernels."""
     order = {"all_gpu": _order, "deepspeed": _offload_order}
-    runs = [r for r in records.load_all([folder]) if r["mode"] == "measured" and script in (None, r["script"])]
+    runs = [r for r in records.load_all([folder]) if r["mode"] in modes and script in (None, r["script"])]
     if not runs:
         raise UsageError(f"no measured records of {script or 'any'} script below {folder}")
     return [run for name in order for run in sorted((r for r in runs if r["script"] == name), key=order[name])]
@@ -81,7 +88,7 @@ def _cell(record: dict[str, Any]) -> list[str]:
     settings += [] if config.memory_limit_gib is None else [f"limit {config.memory_limit_gib:g} GiB"]
     checkpointing = "yes" if config.gradient_checkpointing else "no"
     sizes = f"{config.batch_size} x {config.seq_length}"
-    return [config.strategy.title, model, ", ".join(settings), checkpointing, sizes, _gpu(record)]
+    return [config.strategy.title, model, ", ".join(settings), checkpointing, sizes, gpu_name(record)]
 
 
 def machines(runs: list[dict[str, Any]]) -> str:
@@ -104,7 +111,7 @@ def offload_table(runs: list[dict[str, Any]]) -> str:
     for record in runs:
         config = config_of(record)
         sizes = f"{config.batch_size} x {config.seq_length}"
-        cell = [_offload_settings(record), config.strategy.title, sizes, _gpu(record)]
+        cell = [_offload_settings(record), config.strategy.title, sizes, gpu_name(record)]
         if record["status"] == "oom":
             rows.append([*cell, "OOM", "", "", "", "", ""])
             continue
@@ -127,7 +134,7 @@ def offload_table(runs: list[dict[str, Any]]) -> str:
 
 def levers_table(runs: list[dict[str, Any]]) -> str:
     """A row for each lever that has a record."""
-    found = {(run["run_name"], *_variables(run)): run for run in runs}
+    found = {(run["run_name"], *thread_variables(run)): run for run in runs}
     rows = []
     for lever in LEVERS:
         run = found.get((lever.run_name, *lever.variables.split()))
@@ -143,17 +150,7 @@ def levers_table(runs: list[dict[str, Any]]) -> str:
 def _offload_settings(record: dict[str, Any]) -> str:
     """The preset and every setting that differs from it, except for those with a column."""
     config = config_of(record)
-    return ", ".join([config.preset, *config.unusual("preset", "batch_size", "seq_length"), *_variables(record)])
-
-
-def _gpu(record: dict[str, Any]) -> str:
-    """The GPU's short name."""
-    return record["environment"]["gpu"].removeprefix("NVIDIA ").split()[0]
-
-
-def _variables(run: dict[str, Any]) -> list[str]:
-    """The environment variables of a run that bear on its threads."""
-    return [f"{name}={value}" for name, value in (run["environment"].get("omp") or {}).items()]
+    return ", ".join([config.preset, *config.unusual("preset", "batch_size", "seq_length"), *thread_variables(record)])
 
 
 def peak_table(runs: list[dict[str, Any]]) -> str:
@@ -273,13 +270,34 @@ def _weights(model_name: str) -> int:
         return AutoModelForCausalLM.from_config(load_model_config(RunConfig(model_name=model_name))).num_parameters()
 
 
-# Name -> title, the script whose records it shows, and what makes it of them.
-TABLES: dict[str, tuple[str, str | None, Callable[[list[dict[str, Any]]], str]]] = {
-    "measured": ("Measured peak memory and speed, one GPU", "all_gpu", measured_table),
-    "predicted": ("Predicted and measured peak memory, one GPU", "all_gpu", predicted_table),
-    "offload": ("Measured peak memory and speed, ZeRO-3 offload", "deepspeed", offload_table),
-    "peak": ("What the peak is made of, with and without Liger kernels", None, peak_table),
-    "levers": ("What makes an offloaded step faster: Llama 3.2 1B, all kernels, 4 x 1024", "deepspeed", levers_table),
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """A document made from records."""
+
+    title: str
+    make: Callable[[list[dict[str, Any]]], str]
+    script: str | None = None  # whose records it shows, None for both
+    modes: tuple[str, ...] = ("measured",)
+
+    def text(self, folder: Path, command: str) -> str:
+        """All of it, from the records below `folder`."""
+        runs = load_all(folder, self.script, self.modes)
+        measured = machines([run for run in runs if run["mode"] == "measured"])
+        return f"# {self.title}\n\nMade by `{command}`.\n{measured}\n\n{self.make(runs)}"
+
+
+TABLES = {
+    "measured": Document("Measured peak memory and speed, one GPU", measured_table, "all_gpu"),
+    "predicted": Document("Predicted and measured peak memory, one GPU", predicted_table, "all_gpu"),
+    "offload": Document("Measured peak memory and speed, ZeRO-3 offload", offload_table, "deepspeed"),
+    "peak": Document("What the peak is made of, with and without Liger kernels", peak_table),
+    "levers": Document(
+        "What makes an offloaded step faster: Llama 3.2 1B, all kernels, 4 x 1024", levers_table, "deepspeed"
+    ),
+    "original": Document(
+        "The original's published figures beside ours", original_document, "deepspeed", ("measured", "inferred")
+    ),
+    "best": Document("Best settings that fit", best_document, modes=("measured", "inferred", "predicted")),
 }
 
 
@@ -291,10 +309,8 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     try:
-        title, script, table = TABLES[arguments.table]
-        runs = load_all(arguments.folder, script)
         command = f"python -m doc.tables {arguments.table} {arguments.folder}"
-        print(f"# {title}\n\nMade by `{command}`.\n{machines(runs)}\n\n{table(runs)}")
+        print(TABLES[arguments.table].text(arguments.folder, command))
     except UsageError as error:
         error_line(error)
         return 2

@@ -2,8 +2,8 @@
 
 import dataclasses
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from src import study
 from src.config import STRATEGIES, RunConfig, config_of
+from src.study import Cell, Record, machine
 from src.utils import GIB
-
-Record = dict[str, Any]
 
 matplotlib.rcParams["hatch.linewidth"] = 0.4
 
@@ -25,58 +25,12 @@ STYLES: dict[str, dict[str, Any]] = {
     "All Liger Kernel": {"color": "#a8dadc", "hatch": ".."},
 }
 TWO, THREE = ("No Liger Kernel", "All Liger Kernel"), tuple(STRATEGIES)
+_OTHER = "other kernels"
+_MARKERS = {name: (marker, style["color"]) for (name, style), marker in zip(STYLES.items(), "osD")}
+_MARKERS[_OTHER] = ("^", "white")
+_VERSIONS = ("torch", "transformers", "liger_kernel", "deepspeed")
 
-# What an experiment's figures compare; runs that differ in anything else are drawn by themselves.
-_COMPARED = ("strategy", "batch_size", "seq_length")
-_NOT_A_SETTING = ("device", "result_dir", "snapshot_dir", "log_dir", "debug", "dry_run", "iterations", "warmup")
-
-
-def setting_of(record: Record) -> tuple:
-    """What runs must have in common to be drawn together: script, machine, and every setting that is not compared."""
-    config = config_of(record)
-    names = [f.name for f in dataclasses.fields(config) if f.name not in (*_COMPARED, *_NOT_A_SETTING)]
-    gpu = record["simulated_gpu"] if record["mode"] == "predicted" else record["environment"]["gpu"]
-    return record["script"], gpu, tuple((name, getattr(config, name)) for name in names)
-
-
-def all_figures(found: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
-    """File names and figures of everything that can be drawn."""
-    groups: dict[tuple, list[Record]] = defaultdict(list)
-    for record in found:
-        if record["mode"] in ("measured", "inferred") and record["frontier"] is None:
-            groups[setting_of(record)].append(record)
-    compared = [group for group in groups.values() if len({config_of(r).strategy for r in group}) > 1]
-    largest = sorted(compared, key=len, reverse=True)
-    for group in largest:
-        suffix = "" if group is largest[0] else _suffix(group[0])
-        yield from _figures_of(group, suffix)
-    pairs = predicted_and_measured(found)
-    if pairs:
-        yield "predicted_vs_measured.png", predicted_figure(pairs)
-
-
-def _suffix(record: Record) -> str:
-    """What tells a group's files from those of the largest group."""
-    config = config_of(record)
-    gpu = (record["environment"]["gpu"] or "no_gpu").replace(" ", "_")
-    return f"_{record['script']}{config.settings_name}_{gpu}"
-
-
-def _figures_of(group: list[Record], suffix: str) -> Iterator[tuple[str, Figure]]:
-    """The original's four figures and latency, as far as the group has their cells."""
-    lengths = Counter(r["config"]["seq_length"] for r in group)
-    length = 1024 if lengths[1024] > 1 else lengths.most_common(1)[0][0]
-    by_batch = [r for r in group if r["config"]["seq_length"] == length]
-    by_length = [r for r in group if r["config"]["batch_size"] == 4]
-    if len({r["config"]["batch_size"] for r in by_batch}) > 1:
-        axis = Axis("batch_size", f"batch size, {length} tokens a sequence")
-        yield f"comparison_2_strategies{suffix}.png", comparison(by_batch, TWO, axis)
-        yield f"comparison_3_strategies{suffix}.png", comparison(by_batch, THREE, axis)
-        yield f"latency{suffix}.png", latency(by_batch, axis)
-    if len({r["config"]["seq_length"] for r in by_length}) > 1:
-        axis = Axis("seq_length", "sequence length, batch 4")
-        yield f"comparison_fixed_batch_4_2_strategies{suffix}.png", comparison(by_length, TWO, axis)
-        yield f"comparison_fixed_batch_4_3_strategies{suffix}.png", comparison(by_length, THREE, axis)
+Cells = Mapping[Cell, Record]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,30 +40,82 @@ class Axis:
     field: str
     label: str
 
+    def sizes(self, cells: Cells, strategies: Sequence[str] = THREE) -> list[int]:
+        """The sizes of which there are records with one of `strategies`."""
+        return sorted({getattr(cell, self.field) for cell in cells if cell.strategy in strategies})
 
-def comparison(group: Sequence[Record], strategies: Sequence[str], axis: Axis) -> Figure:
+
+def all_figures(found: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
+    """File names and figures of everything that can be drawn.
+
+    The study nearest to the original's has the original's file names; the others add their settings to them.
+    """
+    studies = study.studies(found)
+    drawn = {setting: figures for setting, cells in studies.items() if (figures := dict(_figures_of(cells)))}
+    for i, setting in enumerate(sorted(drawn, key=lambda setting: study.distance(setting, studies[setting]))):
+        for name, figure in drawn[setting].items():
+            yield f"{name}{f'_{setting.name}' if i else ''}.png", figure
+    pairs = predicted_and_measured(found)
+    if pairs:
+        yield "predicted_vs_measured.png", predicted_figure(pairs)
+
+
+def _figures_of(cells: Cells) -> Iterator[tuple[str, Figure]]:
+    """The original's four figures and latency, as far as a study has their cells."""
+    sizes: dict[int, set[int]] = defaultdict(set)
+    for cell in cells:
+        sizes[cell.seq_length].add(cell.batch_size)
+    fixed = study.FIXED_LENGTH
+    length = fixed if len(sizes[fixed]) > 1 else max(sizes, key=lambda length: (len(sizes[length]), length))
+    per_gpu = " per GPU" if next(iter(cells.values()))["config"].get("world_size", 1) > 1 else ""
+    by_batch = {cell: record for cell, record in cells.items() if cell.seq_length == length}
+    axis = Axis("batch_size", f"batch size{per_gpu}, {length} tokens a sequence")
+    yield from _comparisons("comparison", by_batch, axis)
+    if _comparable(by_batch, THREE, axis):
+        yield "latency", latency(by_batch, axis)
+    by_length = {cell: record for cell, record in cells.items() if cell.batch_size == study.FIXED_BATCH}
+    axis = Axis("seq_length", f"sequence length, batch {study.FIXED_BATCH}{per_gpu}")
+    yield from _comparisons(f"comparison_fixed_batch_{study.FIXED_BATCH}", by_length, axis)
+
+
+def _comparisons(name: str, cells: Cells, axis: Axis) -> Iterator[tuple[str, Figure]]:
+    for strategies in (TWO, THREE):
+        if _comparable(cells, strategies, axis):
+            yield f"{name}_{len(strategies)}_strategies", comparison(cells, strategies, axis)
+
+
+def _comparable(cells: Cells, strategies: Sequence[str], axis: Axis) -> bool:
+    """Whether there is something to compare: two strategies, two sizes, and at least one bar."""
+    recorded = {cell.strategy for cell in cells} & set(strategies)
+    bars = [cell for cell, record in cells.items() if record["status"] == "ok" and cell.strategy in strategies]
+    return len(recorded) > 1 and len(axis.sizes(cells, strategies)) > 1 and bool(bars)
+
+
+def comparison(cells: Cells, strategies: Sequence[str], axis: Axis) -> Figure:
     """Throughput and peak memory as grouped bars."""
     drawing = Figure(figsize=(12, 4.8), layout="constrained")
     FigureCanvasAgg(drawing)
     left, right = drawing.subplots(1, 2)
-    _bars(left, group, strategies, axis, throughput, "tokens/s", "throughput")
-    _bars(right, group, strategies, axis, peak_gib, "GiB", "peak allocated memory")
-    _finish(drawing, left, group, strategies)
+    _bars(left, cells, strategies, axis, throughput, "tokens/s", "throughput")
+    _bars(right, cells, strategies, axis, peak_gib, "GiB", "peak allocated memory")
+    _finish(drawing, left, list(cells.values()), strategies)
     return drawing
 
 
-def latency(group: Sequence[Record], axis: Axis) -> Figure:
+def latency(cells: Cells, axis: Axis) -> Figure:
     """Time of a step as grouped bars."""
     drawing = Figure(figsize=(8, 4.8), layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.subplots()
-    _bars(axes, group, THREE, axis, step_ms, "ms", "time of a step")
-    _finish(drawing, axes, group, THREE)
+    _bars(axes, cells, THREE, axis, step_ms, "ms", "time of a step")
+    _finish(drawing, axes, list(cells.values()), THREE)
     return drawing
 
 
 def _quartiles(record: Record) -> tuple[float, float, float]:
-    """First quartile, median and third quartile of the step times."""
+    """First quartile, median and third quartile of the step times; all the same if there was one step."""
+    if len(record["step_seconds"]) == 1:
+        return 3 * tuple(record["step_seconds"])
     first, median, third = statistics.quantiles(record["step_seconds"], n=4, method="inclusive")
     return first, median, third
 
@@ -134,19 +140,19 @@ def peak_gib(record: Record) -> tuple[float, float, float]:
 
 def _bars(
     axes: Axes,
-    group: Sequence[Record],
+    cells: Cells,
     strategies: Sequence[str],
     axis: Axis,
     value: Callable[[Record], tuple[float, float, float]],
     unit: str,
     title: str,
 ) -> None:
-    cells = {(config_of(r).strategy.title, r["config"][axis.field]): r for r in group}
-    sizes = sorted({size for name, size in cells if name in strategies})
+    records = {(cell.strategy, getattr(cell, axis.field)): record for cell, record in cells.items()}
+    sizes = axis.sizes(cells, strategies)
     width = 0.8 / len(strategies)
     for i, name in enumerate(strategies):
         for place, size in enumerate(sizes):
-            record, x = cells.get((name, size)), place + (i - (len(strategies) - 1) / 2) * width
+            record, x = records.get((name, size)), place + (i - (len(strategies) - 1) / 2) * width
             if record is not None and record["status"] == "ok":
                 height, below, above = value(record)
                 style = {**STYLES[name], "edgecolor": "black", "linewidth": 0.5}
@@ -157,9 +163,10 @@ def _bars(
                 text = absence(record)
                 axes.annotate(text, (x, 0), (0, 3), textcoords="offset points", ha="center", rotation=90, fontsize=7)
     axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
+    axes.set_xlim(-0.6, len(sizes) - 0.4)  # sizes without bars, too
     axes.set_xlabel(axis.label)
     axes.set_ylabel(unit)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.12g}")
     axes.set_title(title, fontsize=10)
     axes.grid(axis="y", linewidth=0.4, alpha=0.5)
     axes.set_axisbelow(True)
@@ -175,18 +182,22 @@ def absence(record: Record | None) -> str:
     return "failed"
 
 
+def _short_model(config: RunConfig) -> str:
+    return config.model_name.rsplit("/")[-1]
+
+
 def setting_words(record: Record) -> str:
     """Model, machine and settings, for a title or a cell."""
     config: RunConfig = config_of(record)
-    words = [config.model_name.rsplit("/")[-1], config.dtype]
+    words = [_short_model(config), config.dtype]
     if record["script"] == "deepspeed":
         words.append(f"ZeRO-3 offload, preset {config.preset}")
     words.append("gradient checkpointing" if config.gradient_checkpointing else "no checkpointing")
-    words.append(record["simulated_gpu"] or record["environment"]["gpu"] or "no GPU")
+    words.append(machine(record))
     if config.memory_limit_gib is not None:
         words.append(f"limited to {config.memory_limit_gib:g} GiB")
     said = ("model_name", "dtype", "preset", "gradient_checkpointing", "memory_limit_gib")
-    return ", ".join([*words, *config.unusual(*_COMPARED, *_NOT_A_SETTING, *said)])
+    return ", ".join([*words, *config.unusual(*study.NOT_A_SETTING, *said)])
 
 
 def _finish(drawing: Figure, axes: Axes, group: Sequence[Record], strategies: Sequence[str]) -> None:
@@ -195,16 +206,23 @@ def _finish(drawing: Figure, axes: Axes, group: Sequence[Record], strategies: Se
     notes = ["bars: median; whiskers: quartiles"]
     if any(r["mode"] == "inferred" for r in group):
         notes.append("OOM*: not run, a smaller one ran out of memory")
+    notes += _differing_versions(group)
     drawing.suptitle(f"{setting_words(measured)}\n{'; '.join(notes)}", fontsize=9)
     handles = [axes.bar(0, 0, label=name, edgecolor="black", linewidth=0.5, **STYLES[name]) for name in strategies]
     drawing.legend(handles=handles, loc="outside lower center", ncols=len(strategies), fontsize=9, frameon=False)
 
 
+def _differing_versions(group: Sequence[Record]) -> list[str]:
+    """A note for each library of which the runs had several versions."""
+    found = {name: {r["environment"].get(name) for r in group} - {None} for name in _VERSIONS}
+    return [f"{name} {' and '.join(sorted(versions))}" for name, versions in found.items() if len(versions) > 1]
+
+
 def predicted_and_measured(found: Sequence[Record]) -> list[tuple[Record, Record]]:
     """Predictions beside the measured runs they are of."""
 
-    def key(record: Record) -> str:
-        return dataclasses.replace(config_of(record), dry_run=False, iterations=1, warmup=1).run_name
+    def key(record: Record) -> tuple[RunConfig, Cell]:
+        return study.settings(config_of(record)), study.cell(record)
 
     predictions = {
         key(r): r for r in found if r["mode"] == "predicted" and r["peak_memory_bytes"] and not r["frontier"]
@@ -218,15 +236,17 @@ def predicted_figure(pairs: Sequence[tuple[Record, Record]]) -> Figure:
     drawing = Figure(figsize=(10, 4.6), layout="constrained")
     FigureCanvasAgg(drawing)
     left, right = drawing.subplots(1, 2)
-    for name, marker in zip(STRATEGIES, "osD"):
-        own = [
-            (p["peak_memory_bytes"], m["peak_memory_bytes"]) for p, m in pairs if config_of(m).strategy.title == name
-        ]
-        x = [measured / GIB for _, measured in own]
-        style = {"linestyle": "", "marker": marker, "color": STYLES[name]["color"], "markeredgecolor": "black"}
-        left.plot(x, [predicted / GIB for predicted, _ in own], label=name, **style)
-        right.plot(x, [100 * (predicted / measured - 1) for predicted, measured in own], **style)
-    top = max(max(p["peak_memory_bytes"], m["peak_memory_bytes"]) for p, m in pairs) / GIB * 1.05
+    by_strategy: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for prediction, measurement in pairs:
+        name = study.cell(measurement).strategy
+        peaks = measurement["peak_memory_bytes"] / GIB, prediction["peak_memory_bytes"] / GIB
+        by_strategy[name if name in STRATEGIES else _OTHER].append(peaks)
+    for name, (marker, color) in _MARKERS.items():
+        x, y = zip(*by_strategy[name]) if name in by_strategy else ((), ())
+        style = {"linestyle": "", "marker": marker, "color": color, "markeredgecolor": "black"}
+        left.plot(x, y, label=name if x else None, **style)
+        right.plot(x, [100 * (predicted / measured - 1) for measured, predicted in zip(x, y)], **style)
+    top = 1.05 * max(max(peaks) for own in by_strategy.values() for peaks in own)
     left.plot([0, top], [0, top], color="grey", linewidth=0.8, zorder=0)
     left.set(xlim=(0, top), ylim=(0, top), ylabel="predicted, without a GPU, GiB")
     right.axhline(0, color="grey", linewidth=0.8, zorder=0)
@@ -235,6 +255,8 @@ def predicted_figure(pairs: Sequence[tuple[Record, Record]]) -> Figure:
         axes.set_xlabel("measured peak, GiB")
         axes.grid(linewidth=0.4, alpha=0.5)
         axes.spines[["top", "right"]].set_visible(False)
-    drawing.suptitle(f"{len(pairs)} peaks; measured: {pairs[0][1]['environment']['gpu']}", fontsize=9)
-    drawing.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    machines = ", ".join(sorted({machine(measurement) for _, measurement in pairs}))
+    models = ", ".join(sorted({_short_model(config_of(measurement)) for _, measurement in pairs}))
+    drawing.suptitle(f"{len(pairs)} peaks of {models}; measured: {machines}", fontsize=9)
+    drawing.legend(loc="outside lower center", ncols=len(_MARKERS), fontsize=9, frameon=False)
     return drawing

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from src.config import RunConfig, UsageError
+from src.config import RunConfig, UsageError, config_of
 from src.snapshot import breakdown_table
 from src.utils import (
     MIB,
@@ -94,14 +94,29 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_all(folders: Iterable[Path]) -> list[dict[str, Any]]:
-    """Every record below `folders`, in the order of their paths. Raises `UsageError` if a folder is none."""
+    """Every record below `folders`, in the order of their paths.
+
+    Raises `UsageError` if a folder is none, and if a file does not say what ran where and what became of it.
+    """
     paths: list[Path] = []
     for folder in folders:
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{folder} is no folder")
         # A hidden one is being written, or was when its program was killed.
         paths += sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
-    return [load(path) for path in paths]
+    return [_load_whole(path) for path in paths]
+
+
+def _load_whole(path: Path) -> dict[str, Any]:
+    record = load(path)
+    try:
+        whole = "gpu" in record["environment"] and record["status"] in ("ok", "oom", "error") and bool(record["mode"])
+        config_of(record)
+    except (KeyError, TypeError, ValueError, UsageError):
+        whole = False
+    if not whole:
+        raise UsageError(f"{path} is not a whole record: it does not say what ran, where, and what became of it")
+    return record
 
 
 def exit_status(record: dict[str, Any]) -> int:

@@ -30,16 +30,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from src import records
+from src import records, study
 from src.cli import parse_config, run
 from src.config import STRATEGIES, RunConfig, Strategy, UsageError
 from src.utils import GIB, ExitStatus, error_line
 
-_BATCH = {"seq_length": ["1024"], "batch_size": ["1", "4", "8", "16", "32", "64", "96", "112"]}
-_SEQUENCE = {
-    "batch_size": ["4"],
-    "seq_length": ["512", "1024", "2048", "4096", "8192", "12288", "16384", "24576"],
-}
+_BATCH = {"seq_length": [str(study.FIXED_LENGTH)], "batch_size": [str(size) for size in study.BATCH_SIZES]}
+_SEQUENCE = {"batch_size": [str(study.FIXED_BATCH)], "seq_length": [str(length) for length in study.SEQ_LENGTHS]}
 # The original's two grids: name -> axes of each part.
 GRIDS: dict[str, list[dict[str, list[str]]]] = {
     "batch": [_BATCH],

@@ -1,11 +1,12 @@
 """Tables made from records, as Markdown or CSV. Needs no torch."""
 
 import csv
+import dataclasses
 import io
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from src.config import config_of
+from src.config import RunConfig, config_of
 from src.figures import absence, setting_words
 from src.utils import GIB
 
@@ -35,13 +36,22 @@ def runs_table(found: Sequence[dict[str, Any]]) -> Table:
 
 
 def _order(record: dict[str, Any]) -> tuple:
-    config = config_of(record)
+    config = _listed_config(record)
     return setting_words(record), config.seq_length, config.batch_size, len(config.strategy.kernels), record["mode"]
 
 
+def _listed_config(record: dict[str, Any]) -> RunConfig:
+    """The configuration that a record's figures are of: for a search, of the largest size that fits."""
+    config, frontier = config_of(record), record["frontier"]
+    if not frontier or not frontier.get("predicted"):
+        return config
+    return dataclasses.replace(config, **{frontier["searched"]: frontier["predicted"]})
+
+
 def _row(record: dict[str, Any]) -> list[str]:
-    config = config_of(record)
+    config = _listed_config(record)
     status = record["mode"] if record["status"] == "ok" else absence(record)
+    status += " (predicted)" if config.dry_run and record["status"] != "ok" else ""
     cells = [config.strategy.title, f"{config.batch_size:,}", f"{config.seq_length:,}", setting_words(record), status]
     return [
         *cells,

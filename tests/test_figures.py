@@ -15,65 +15,18 @@ from PIL import Image
 
 import drawing
 from src import figures, records, tables
+from src import study as study_of
 from src.config import STRATEGIES, OffloadConfig, RunConfig
 from src.utils import GIB, median_and_iqr
 from tests.helpers import ROOT, assert_one_error_line, run_python
+from tests.made_up import ALL, GPU, NO_FLCE, NONE, failed, grids, inferred, make, out_of_memory, predicted
 
-NONE, NO_FLCE, ALL = STRATEGIES
-GPU = "NVIDIA Imaginary 1000"
 FOUR_FIGURES = (
     "comparison_2_strategies.png",
     "comparison_3_strategies.png",
     "comparison_fixed_batch_4_2_strategies.png",
     "comparison_fixed_batch_4_3_strategies.png",
 )
-
-unfinished = pytest.mark.xfail(reason="drawing does not do this yet")
-
-
-def make(name, batch_size, seq_length=1024, *, config=RunConfig, gpu=GPU, seconds=None, peak=None, **settings):
-    """A record of a measured run with the strategy that figures call `name`."""
-    known = {field: settings.pop(field) for field in list(settings) if field in records.EMPTY}
-    config = config(strategy=STRATEGIES[name], batch_size=batch_size, seq_length=seq_length, device="cuda", **settings)
-    record = records.EMPTY | {
-        "run_name": config.run_name,
-        "script": config.script,
-        "status": "ok",
-        "mode": "measured",
-        "config": config.to_dict(),
-        "environment": {"gpu": gpu},
-    }
-    if known.get("status", "ok") == "ok":
-        seconds = seconds or [0.5, 0.25, 0.75, 1.0]
-        latency, iqr = median_and_iqr(seconds)
-        record |= {
-            "peak_memory_bytes": peak or 2 * GIB,
-            "step_seconds": seconds,
-            "latency_s": latency,
-            "latency_iqr_s": iqr,
-            "throughput_tokens_per_s": config.tokens_per_step / latency,
-            "mfu": 0.4,
-        }
-    return record | known
-
-
-def out_of_memory(*cell, **fields):
-    error = {"type": "OutOfMemoryError", "message": "full", "requested_bytes": 3, "free_bytes": 2, "allocated_bytes": 1}
-    return make(*cell, status="oom", error=error, **fields)
-
-
-def inferred(*cell, **fields):
-    return out_of_memory(*cell, mode="inferred", **fields)
-
-
-def failed(*cell, **fields):
-    return make(*cell, status="error", error={"type": "Killed", "message": "ended by SIGSEGV"}, **fields)
-
-
-def predicted(*cell, **fields):
-    known = {"mode": "predicted", "simulated_gpu": "NVIDIA H100", "gpu": None, "dry_run": True}
-    fields = {**known, **fields}
-    return make(*cell, **fields) | {"step_seconds": None, "latency_s": None, "throughput_tokens_per_s": None}
 
 
 def random_seconds(rng):
@@ -169,6 +122,17 @@ def test_only_figures_whose_cells_are_there(cells, names):
     assert list(drawn([make(name, *cell) for name in (NONE, ALL) for cell in cells])) == names
 
 
+def test_batch_sizes_are_those_at_the_originals_length_if_there_are_some(rng):
+    cells = [(batch, 1024) for batch in (1, 8)] + [(batch, 300) for batch in (1, 2, 3)]
+    found = [make(name, *cell) for cell in cells for name in (NONE, ALL)]
+    rng.shuffle(found)
+    assert drawn(found)[FOUR_FIGURES[0]].axes[0].get_xlabel() == "batch size, 1024 tokens a sequence"
+    without = [
+        record for record in found if record["config"]["seq_length"] == 300 or record["config"]["batch_size"] == 8
+    ]
+    assert drawn(without)[FOUR_FIGURES[0]].axes[0].get_xlabel() == "batch size, 300 tokens a sequence"
+
+
 def test_one_strategy_alone_is_not_compared():
     assert drawn([make(ALL, batch) for batch in (1, 2, 4)]) == {}
 
@@ -236,7 +200,6 @@ def test_steps_that_took_the_same_time_have_no_whiskers():
     assert whiskers(drawn(found)["latency.png"].axes[0]) == {}
 
 
-@unfinished
 def test_run_of_one_step_is_drawn_without_whiskers():
     found = [make(name, batch, seconds=[0.5], iterations=1) for name in (NONE, ALL) for batch in (1, 2)]
     (times,) = drawn(found)["latency.png"].axes
@@ -266,7 +229,6 @@ def test_what_has_no_bar_says_why():
         assert bars(axes).keys() == {(NONE, "1"), (NO_FLCE, "1"), (ALL, "1"), (ALL, "2"), (ALL, "4")}
 
 
-@unfinished
 @pytest.mark.parametrize("absent", [failed, inferred], ids=lambda absent: absent.__name__)
 @pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
 def test_measurement_counts_where_the_same_cell_also_failed(absent, order):
@@ -318,6 +280,17 @@ def test_axes_say_what_and_in_which_unit(rng):
     for figure in found.values():
         for axes in figure.axes:
             assert axes.get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize("peak", [0.003, 0.7, 21.5, 70])
+@pytest.mark.parametrize("seconds", [1e-4, 0.3, 20])
+def test_ticks_are_where_their_labels_say(peak, seconds):
+    found = [make(name, b, peak=int(peak * b * GIB), seconds=[seconds]) for name in (NONE, ALL) for b in (1, 2)]
+    for figure in drawn(found).values():
+        figure.canvas.draw()
+        for axes in figure.axes:
+            told = [float(label.get_text().replace(",", "")) for label in axes.get_yticklabels()]
+            assert told == pytest.approx(list(axes.get_yticks()))
 
 
 @pytest.mark.parametrize(
@@ -374,6 +347,113 @@ def test_other_settings_go_to_other_files(setting):
             assert set(bars(figure.axes[1]).values()) == {1 if name in usual else 5}
 
 
+def usual_title(found):
+    """The title of the figure with the original's first name, and how many figures there are of each."""
+    named = drawn(found)
+    assert len(named) == 5 * sum(name.startswith("latency") for name in named)
+    return named[FOUR_FIGURES[0]].get_suptitle()
+
+
+OFFLOAD = {"config": OffloadConfig, "dtype": "fp16"}
+
+
+def test_grid_is_the_originals():
+    assert len(study_of.GRID) == len(set(study_of.GRID)) == 45
+    with (ROOT / "doc/data/original/rtx4090_offload.csv").open() as file:
+        published = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    assert {(r["strategy"], int(r["batch_size"]), int(r["seq_length"])) for r in published} < set(study_of.GRID)
+
+
+@pytest.mark.parametrize(
+    "lesser",
+    [
+        {},
+        {"gradient_checkpointing": False},
+        {**OFFLOAD, "preset": "fast"},
+        {**OFFLOAD, "memory_limit_gib": 24.0},
+        {**OFFLOAD, "world_size": 2},
+        {**OFFLOAD, "gpu": "NVIDIA Younger"},
+    ],
+    ids=["one GPU", "no checkpointing", "fast", "limit", "two GPUs", "another machine"],
+)
+@pytest.mark.parametrize("lost", [0, 4])
+def test_offload_grids_have_the_originals_names(rng, lesser, lost):
+    """Also if a few of their cells are missing or crashed."""
+    missing, crashed = (rng.sample(study_of.GRID, lost) if "gpu" not in lesser else () for _ in range(2))
+    found = grids(without=missing, **OFFLOAD) + grids(**lesser)
+    for record in found[: 45 - len(missing)]:
+        if study_of.cell(record) in crashed:
+            record |= failed(*study_of.cell(record), **OFFLOAD)
+    rng.shuffle(found)
+    title = usual_title(found)
+    assert "ZeRO-3 offload, preset seed, gradient checkpointing" in title
+    assert title.splitlines()[0].endswith(GPU)
+
+
+def test_grids_come_before_a_few_cells_whatever_those_are_of(rng):
+    few = [make(*cell, **OFFLOAD) for cell in study_of.GRID if cell.batch_size in (1, 8) or cell.seq_length == 512]
+    few += [make(*cell, **OFFLOAD) for cell in study_of.GRID if cell.seq_length == 4096]
+    found = few + grids()
+    rng.shuffle(found)
+    assert "offload" not in usual_title(found)
+
+
+def test_of_two_measurements_of_a_cell_the_later_counts(rng):
+    """Records of several folders."""
+    common = [make(NONE, 1), make(ALL, 1), make(ALL, 2)]
+    cell = [
+        make(NONE, 2, peak=(3 + i) * GIB, iterations=5 + i, environment={"gpu": GPU, "date": f"2026-11-2{i}T17:29:32"})
+        for i in range(3)
+    ]
+    rng.shuffle(cell)
+    _, right = drawn(common + cell)[FOUR_FIGURES[0]].axes
+    assert bars(right)[NONE, "2"] == 5
+
+
+@pytest.mark.parametrize("absent", [failed, inferred], ids=lambda absent: absent.__name__)
+@pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
+def test_out_of_memory_counts_before_what_is_not_measured(absent, order):
+    cell = [out_of_memory(NONE, 2), absent(NONE, 2, iterations=3)][::order]
+    left, _ = drawn([make(NONE, 1), *cell, make(ALL, 1), make(ALL, 2)])[FOUR_FIGURES[0]].axes
+    assert marks(left, figures.TWO) == {(NONE, "2"): "OOM"}
+
+
+def test_runs_with_other_cpus_are_drawn_by_themselves_only_where_these_compute():
+    machines = [{"gpu": GPU, "cpu_count": cores} for cores in (8, 64)]
+    for config, groups in ((RunConfig, 1), (OffloadConfig, 2)):
+        found = [make(n, b, config=config, environment=m) for m in machines for n in (NONE, ALL) for b in (1, 2)]
+        named = drawn(found)
+        assert len(named) == 3 * groups
+        titles = {figure.get_suptitle() for figure in named.values()}
+        assert all("CPU cores" in title for title in titles) == (config is OffloadConfig)
+
+
+def test_versions_are_named_where_they_differ():
+    found = [
+        make(name, batch, environment={"gpu": GPU, "torch": f"2.{10 + batch}", "triton": "3.9"})
+        for name in (NONE, ALL)
+        for batch in (1, 2)
+    ]
+    for figure in drawn(found).values():
+        assert "torch 2.11 and 2.12" in figure.get_suptitle()
+        assert "triton" not in figure.get_suptitle()
+
+
+def test_size_without_any_bar_is_on_the_axis():
+    found = [make(name, batch) for name in (NONE, ALL) for batch in (1, 2)]
+    found += [out_of_memory(name, 4) for name in (NONE, ALL)]
+    for figure in drawn(found).values():
+        for axes in figure.axes:
+            assert axes.get_xlim() == (-0.6, 2.6)
+
+
+def test_batch_of_several_gpus_says_so():
+    found = [make(name, batch, config=OffloadConfig, world_size=2) for name in (NONE, ALL) for batch in (1, 2)]
+    axes = drawn(found)[FOUR_FIGURES[0]].axes[0]
+    assert axes.get_xlabel() == "batch size per GPU, 1024 tokens a sequence"
+    assert set(bars(axes).values()) == {2 * b * 1024 / median_and_iqr([0.5, 0.25, 0.75, 1.0])[0] for b in (1, 2)}
+
+
 def test_every_group_has_files_of_its_own(rng):
     groups = [{}, *SETTINGS.values()]
     found = [make(name, batch, **settings) for settings in groups for name in (NONE, ALL) for batch in (1, 2)]
@@ -381,7 +461,6 @@ def test_every_group_has_files_of_its_own(rng):
     assert len(drawn(found)) == 3 * len(groups)
 
 
-@unfinished
 @pytest.mark.parametrize(
     "setting",
     [
@@ -412,7 +491,6 @@ def test_predictions_interpreted_runs_and_searches_are_no_bars():
     assert {size for _, size in bars(left)} == {"1", "2"}
 
 
-@unfinished
 def test_cells_inferred_from_predictions_are_no_figure_of_measured_runs():
     """What a sweep with --dry_run --gpu_memory_gib leaves."""
     card = {"dry_run": True, "gpu_memory_gib": 24.0, "gpu": None}
@@ -422,7 +500,6 @@ def test_cells_inferred_from_predictions_are_no_figure_of_measured_runs():
     assert drawn(found) == {}
 
 
-@unfinished
 def test_strategies_that_the_figures_do_not_compare_give_no_empty_figure():
     found = [make(ALL, batch) for batch in (1, 2)]
     for record in found:
@@ -491,12 +568,23 @@ def test_predictions_stand_beside_the_runs_they_are_of(rng):
     assert GPU in figure.get_suptitle()
 
 
-@unfinished
 def test_predicted_figure_names_every_machine():
     found = [predicted(ALL, 1), predicted(ALL, 2), make(ALL, 1), make(ALL, 2, gpu="NVIDIA Other")]
     title = drawn(found)["predicted_vs_measured.png"].get_suptitle()
     assert GPU in title
     assert "NVIDIA Other" in title
+
+
+def test_predicted_figure_shows_all_the_peaks_that_it_counts():
+    odd = [make(ALL, 1, peak=3 * GIB), predicted(ALL, 1, peak=4 * GIB)]
+    for record in odd:
+        record["config"] |= {"flce": False}
+        record["config"] |= {"rope": False}
+    figure = drawn([*odd, make(ALL, 1), predicted(ALL, 1)])["predicted_vs_measured.png"]
+    points = [tuple(map(float, point)) for line in figure.axes[0].lines for point in zip(*line.get_data())]
+    assert "2 peaks" in figure.get_suptitle()
+    assert {(3, 4), (2, 2)} < set(points)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [ALL, "other kernels"]
 
 
 def test_no_pairs_no_figure():
@@ -513,6 +601,10 @@ RECORDS = {
     "failed": failed(NO_FLCE, 8),
     "out of memory": out_of_memory(ALL, 8, 16384, memory_limit_gib=24.0),
     "predicted": predicted(ALL, 8) | {"mfu": None, "latency_iqr_s": None},
+    "predicted out of memory": out_of_memory(NONE, 64, mode="predicted", simulated_gpu="H", gpu=None, dry_run=True),
+    "inferred from that": inferred(NONE, 96, gpu=None, dry_run=True),
+    "search": predicted(NO_FLCE, 8, find_max="batch_size")
+    | {"frontier": {"searched": "batch_size", "predicted": 17}, "mfu": None, "latency_iqr_s": None},
     "offload": make(ALL, 4, config=OffloadConfig, preset="fast", dtype="bf16", optimizer="overlapped_cpu_adam"),
 }
 ROWS = {
@@ -522,14 +614,19 @@ ROWS = {
     "out of memory": f"{ALL};8;16,384;{TITLE}, limited to 24 GiB;OOM;;;;;",
     "predicted": f"{ALL};8;1,024;{TITLE.replace(GPU, 'NVIDIA H100')};predicted;2.00;;;;",
 }
+OTHER_ROWS = {
+    "predicted out of memory": f"{NONE};64;1,024;{TITLE.replace(GPU, 'H')};OOM (predicted);;;;;",
+    "inferred from that": f"{NONE};96;1,024;{TITLE.replace(GPU, 'no GPU')};OOM* (predicted);;;;;",
+    "search": f"{NO_FLCE};17;1,024;{TITLE.replace(GPU, 'NVIDIA H100')}, find_max batch_size;predicted;2.00;;;;",
+}
 HEADER = "kernels;batch;seq;settings;status;peak GiB;ms a step;IQR ms;tokens/s;MFU"
 
 
-@pytest.mark.parametrize("kind", ROWS)
-def test_row_of_a_record(kind):
+@pytest.mark.parametrize(("kind", "expected"), [*ROWS.items(), *OTHER_ROWS.items()])
+def test_row_of_a_record(kind, expected):
     header, row = tables.runs_table([RECORDS[kind]])
     assert header == HEADER.split(";")
-    assert row == ROWS[kind].split(";")
+    assert row == expected.split(";")
 
 
 def test_row_of_an_offloaded_run_says_so():
@@ -625,6 +722,15 @@ def test_empty_folder_draws_the_study_and_says_so(draw, rng, tmp_path):
     assert set(FOUR_FIGURES) < set(names)
 
 
+@pytest.mark.parametrize("form", tables.FORMATS)
+def test_table_of_the_study_has_nothing_else_in_it(draw, rng, tmp_path, form):
+    found = study(rng)
+    write(tmp_path / "study", found)
+    status, stdout, stderr = draw("--table", form)
+    assert (status, stdout) == (0, tables.FORMATS[form](tables.runs_table(found)) + "\n")
+    assert "study" in stderr
+
+
 def test_records_of_ones_own_come_before_the_study(draw, rng, tmp_path):
     write(tmp_path / "study", study(rng))
     write(tmp_path / "here/results", [make(name, batch) for name in (NONE, ALL) for batch in (1, 2)])
@@ -660,7 +766,6 @@ def test_bad_folder_is_one_line_and_status_2(draw, rng, tmp_path, name):
     assert_one_error_line(stderr, str(tmp_path / name))
 
 
-@unfinished
 def test_no_records_anywhere_is_one_line_that_says_where(draw):
     status, _, stderr = draw()
     assert status == 2
@@ -668,9 +773,12 @@ def test_no_records_anywhere_is_one_line_that_says_where(draw):
 
 
 GARBAGE = [b"", b"{", b"\x80\x04\x95", b"[]", b"null", b'{"schema": 99}', b'{"benchmark": {}}', b'{"schema": 1}']
+GARBAGE += [b'{"schema": 1, "status": "ok", "script": "all_gpu", "config": {}, "environment": {"gpu": "X"}}']
+GARBAGE += [
+    b'{"schema": 1, "status": "ok", "mode": "measured", "script": "none", "config": {}, "environment": {"gpu": ""}}'
+]
 
 
-@unfinished
 @pytest.mark.parametrize("arguments", [[], ["--table", "markdown"]], ids=["figures", "table"])
 @pytest.mark.parametrize("content", GARBAGE, ids=str)
 def test_file_that_is_no_record_is_one_line_and_status_2(draw, rng, tmp_path, content, arguments):
@@ -693,16 +801,24 @@ def test_record_that_is_being_written_is_passed_over(draw, tmp_path):
     assert len(stdout.split()) == 3
 
 
-@unfinished
 def test_nothing_to_compare_is_said(draw, tmp_path):
     write(tmp_path / "here/results", [make(ALL, 1)])
-    _, stdout, stderr = draw()
-    assert stdout + stderr != ""
+    status, stdout, stderr = draw()
+    assert (status, stderr) == (0, "")
+    assert "two strategies" in stdout
+
+
+def test_folder_that_cannot_be_written_is_one_line(draw, monkeypatch, tmp_path):
+    write(tmp_path / "here/results", [make(name, batch) for name in (NONE, ALL) for batch in (1, 2)])
+    (tmp_path / "here" / FOUR_FIGURES[0]).mkdir()
+    status, _, stderr = draw()
+    assert status == 1
+    assert_one_error_line(stderr, FOUR_FIGURES[0])
 
 
 def test_program_without_torch(tmp_path):
     """Drawing takes a moment: what reads results imports no torch."""
-    for module in ("drawing", "src.figures", "src.tables", "src.records"):
+    for module in ("drawing", "src.figures", "src.study", "src.tables", "src.records"):
         done = run_python("-c", f"import {module}, sys; print('torch' in sys.modules)")
         assert (done.stdout, done.stderr) == ("False\n", ""), module
     write(tmp_path / "results", [make(name, batch) for name in (NONE, ALL) for batch in (1, 2)])

@@ -1,0 +1,113 @@
+"""The original's grids, and which records answer for their cells. Needs no torch."""
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from src.config import STRATEGIES, RunConfig, config_of
+
+Record = dict[str, Any]
+
+FIXED_LENGTH, FIXED_BATCH = 1024, 4
+BATCH_SIZES = (1, 4, 8, 16, 32, 64, 96, 112)  # of FIXED_LENGTH tokens a sequence
+SEQ_LENGTHS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576)  # FIXED_BATCH sequences
+
+
+class Cell(NamedTuple):
+    """A place in a grid: what the runs of one study differ in."""
+
+    strategy: str  # as figures call it
+    batch_size: int
+    seq_length: int
+
+
+_SIZES = dict.fromkeys([*((b, FIXED_LENGTH) for b in BATCH_SIZES), *((FIXED_BATCH, s) for s in SEQ_LENGTHS)])
+GRID = tuple(Cell(name, *size) for size in _SIZES for name in STRATEGIES)
+
+_COMPARED = ("strategy", "batch_size", "seq_length")
+_CHANGES_NO_STEP = (
+    *("device", "result_dir", "snapshot_dir", "log_dir", "debug", "dry_run"),
+    *("iterations", "warmup", "step_per_print"),
+)
+NOT_A_SETTING = (*_COMPARED, *_CHANGES_NO_STEP)
+
+
+class Setting(NamedTuple):
+    """What the runs of one study have in common."""
+
+    config: RunConfig  # kernels, sizes and what changes no step have their defaults
+    machine: str
+
+    @property
+    def name(self) -> str:
+        """Script, unusual settings and machine, for a file's name."""
+        machine = "_".join("".join(c if c.isalnum() else " " for c in self.machine).split())
+        return f"{self.config.script}{self.config.settings_name}_{machine}"
+
+
+def settings(config: RunConfig) -> RunConfig:
+    """`config` with everything at its default that runs of one study may differ in."""
+    usual = {f.name: f.default for f in dataclasses.fields(config) if f.name in NOT_A_SETTING}
+    return dataclasses.replace(config, **usual)
+
+
+def machine(record: Record) -> str:
+    """The GPU, and where Adam runs on the CPU how many cores that has and how its threads are bound."""
+    gpu = record["simulated_gpu"] or record["environment"]["gpu"] or "no GPU"
+    cores = record["environment"].get("cpu_count")
+    if record["script"] != "deepspeed" or cores is None:
+        return gpu
+    return ", ".join([gpu, f"{cores} CPU cores", *thread_variables(record)])
+
+
+def gpu_name(record: Record) -> str:
+    """The GPU's short name: H100 for NVIDIA H100 80GB HBM3."""
+    name = record["environment"]["gpu"]
+    model = re.search(r"\b([RG]TX )?[A-Z]*\d+[A-Z]*\b", name)
+    return model.group() if model else name
+
+
+def thread_variables(record: Record) -> list[str]:
+    """The environment variables of a run that bear on its threads."""
+    return [f"{name}={value}" for name, value in (record["environment"].get("omp") or {}).items()]
+
+
+def cell(record: Record) -> Cell:
+    """The cell that a record is of."""
+    config = config_of(record)
+    return Cell(config.strategy.title, config.batch_size, config.seq_length)
+
+
+def is_measured(record: Record) -> bool:
+    """Whether a record tells of a run on a GPU: what was measured, or inferred from what was measured."""
+    own = record["mode"] in ("measured", "inferred") and record["frontier"] is None
+    return own and not record["config"].get("dry_run")
+
+
+def studies(found: Iterable[Record]) -> dict[Setting, dict[Cell, Record]]:
+    """The measured records by what they have in common, one for each cell."""
+    grouped: dict[Setting, dict[Cell, Record]] = defaultdict(dict)
+    for record in filter(is_measured, found):
+        cells = grouped[Setting(settings(config_of(record)), machine(record))]
+        place = cell(record)
+        cells[place] = max(cells.get(place, record), record, key=_worth)
+    return dict(grouped)
+
+
+def _worth(record: Record) -> tuple[int, str, bool]:
+    """Of several records of a cell the largest counts: a result before an inference before a failure, then the last."""
+    kind = 0 if record["status"] == "error" else 1 if record["mode"] == "inferred" else 2
+    return kind, record["environment"].get("date") or "", record["status"] == "ok"
+
+
+def distance(setting: Setting, cells: dict[Cell, Record]) -> tuple:
+    """How far a study is from the original's, to sort by: cells of its grids, ZeRO-3 offload, its settings.
+
+    A few cells less, as after a crash, make no study another one: four fifths of the grids count as all.
+    """
+    answered = sum(place in GRID and record["status"] != "error" for place, record in cells.items())
+    covered = len(GRID) if answered >= 0.8 * len(GRID) else answered
+    unusual = setting.config.unusual()
+    return -covered, setting.config.script != "deepspeed", len(unusual), -answered, -len(cells), setting.name
