@@ -100,7 +100,7 @@ def machines(runs: list[dict[str, Any]]) -> str:
     return "\n".join("Measured on: " + ", ".join(values) + "." for values in sorted(found))
 
 
-def _milliseconds(record: dict[str, Any], digits: int) -> str:
+def milliseconds(record: dict[str, Any], digits: int) -> str:
     """Median step time and half of its interquartile range."""
     return f"{record['latency_s'] * 1e3:,.{digits}f} ± {record['latency_iqr_s'] * 1e3 / 2:,.{digits}f}"
 
@@ -119,7 +119,7 @@ def offload_table(runs: list[dict[str, Any]]) -> str:
             [
                 *cell,
                 f"{record['peak_memory_bytes'] / GIB:,.2f}",
-                _milliseconds(record, 0),
+                milliseconds(record, 0),
                 f"{record['throughput_tokens_per_s']:,.0f}",
                 f"{record['floor_s'] * 1e3:,.0f}",
                 f"{record['latency_s'] / record['floor_s']:.1f}",
@@ -139,7 +139,7 @@ def levers_table(runs: list[dict[str, Any]]) -> str:
     for lever in LEVERS:
         run = found.get((lever.run_name, *lever.variables.split()))
         if run is not None:
-            measured = [_milliseconds(run, 0), f"{run['peak_memory_bytes'] / GIB:,.2f}"]
+            measured = [milliseconds(run, 0), f"{run['peak_memory_bytes'] / GIB:,.2f}"]
             flags = " ".join(filter(None, (lever.variables, lever.flags)))
             flags = f"`{flags}`" if flags else "none"
             rows.append([lever.what, flags, lever.predicted, *measured, lever.verdict])
@@ -208,7 +208,7 @@ def measured_table(runs: list[dict[str, Any]]) -> str:
         if record["status"] == "oom":
             rows.append([*cell, "OOM", "", "", ""])
         else:
-            speed = [_milliseconds(record, 1), f"{record['throughput_tokens_per_s']:,.0f}"]
+            speed = [milliseconds(record, 1), f"{record['throughput_tokens_per_s']:,.0f}"]
             mfu = "" if record["mfu"] is None else f"{record['mfu']:.1%}"
             rows.append([*cell, f"{record['peak_memory_bytes'] / GIB:,.2f}", *speed, mfu])
     header = [*CELL_HEADER, "peak GiB", "ms a step (median ± IQR/2)", "tokens/s", "MFU"]

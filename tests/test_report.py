@@ -1,0 +1,183 @@
+"""The report and the slides are made of records and of models' shapes, and fail where these do not bear them out."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from doc import build, evidence, office, report_tables
+from doc.evidence import ALL_KERNELS, NO_KERNELS, Shape, holds
+from src import study
+from src.config import UsageError
+from src.utils import GIB
+from tests.helpers import ROOT, run_python
+
+DEFAULT_RUN = "h100_single_gpu/bs8_seq1024_ropeTrue_siluTrue_rmsTrue_flceTrue.json"
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A copy of the study's records that a test may change."""
+    shutil.copytree(evidence.DATA, tmp_path / "data")
+    monkeypatch.setattr(evidence, "DATA", tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """Renders a text of a test's own."""
+    (tmp_path / "source").mkdir()
+    monkeypatch.setattr(build, "DOC", tmp_path)
+
+    def rendered(text):
+        (tmp_path / "source" / "report.md").write_text(text)
+        return build.render("report.md")
+
+    return rendered
+
+
+def scale_peak(data, factor):
+    """Change the peak of one record."""
+    record = json.loads((data / DEFAULT_RUN).read_text())
+    record["peak_memory_bytes"] = int(record["peak_memory_bytes"] * factor)
+    (data / DEFAULT_RUN).write_text(json.dumps(record))
+    return record["peak_memory_bytes"]
+
+
+def test_everything_in_doc_is_what_the_records_and_sources_make(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert build.stale() == []
+
+
+def test_a_document_made_from_another_text_is_stale(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    render = build.render
+    monkeypatch.setattr(build, "render", lambda name: render(name) + ("another slide" if name == "slides.md" else ""))
+    assert build.stale() == ["group_10_liger_kernel.pptx"]
+
+
+def test_report_follows_the_records(data, rng):
+    before = build.render("report.md")
+    shown = f"{scale_peak(data, rng.uniform(1.02, 1.04)) / GIB:,.2f}"
+    assert build.render("report.md").count(shown) - before.count(shown) >= 5
+
+
+def test_conclusion_that_the_records_no_longer_show_stops_the_build(data, rng):
+    scale_peak(data, rng.uniform(1.5, 1.9))
+    with pytest.raises(UsageError, match=r"^doc/source/\w+.md, line \d+: the records no longer show this: '.+'$"):
+        build.render("report.md")
+
+
+def test_build_tells_of_a_missing_record_in_one_line(data):
+    (data / DEFAULT_RUN).unlink()
+    with pytest.raises(UsageError, match=r"doc/data/h100_single_gpu has no record of: All Liger Kernel$"):
+        build.render("report.md")
+
+
+def test_condition_of_a_sentence(source, rng):
+    low, high = rng.randrange(100), rng.randrange(100, 200)
+    text = "first line\n\n{%% call holds(%d < %d) %%}So be it.{%% endcall %%}\n"
+    assert source(text % (low, high)) == "first line\n\nSo be it.\n"
+    with pytest.raises(UsageError, match=r"line 3: the records no longer show this: 'So be it\.'$"):
+        source(text % (high, low))
+
+
+def test_unknown_name_and_syntax_error_name_their_line(source):
+    with pytest.raises(UsageError, match="line 2: 'speed_of_light' is undefined"):
+        source("one\n{{ speed_of_light }}\n")
+    with pytest.raises(UsageError, match=r"report\.md, line 1: "):
+        source("{% call %}\n")
+
+
+def test_paragraphs_are_broken_and_tables_left_alone(rng):
+    words = " ".join("".join(rng.choices("abcdef", k=rng.randint(1, 9))) for _ in range(200))
+    table = "| a | b |\n| :--- | ---: |\n| " + "x" * 130 + " | 1 |"
+    text = f"# Title\n\n{words}\n\n\n- {words}\n- short\n\n{table}\n"
+    broken = build.reflow(text)
+    assert broken.split() == text.split()
+    assert table in broken
+    assert max(len(line) for line in broken.splitlines() if not line.startswith("|")) <= 120
+    assert build.reflow(broken) == broken
+
+
+def test_chunks_are_those_of_liger(monkeypatch, rng):
+    from liger_kernel.ops import fused_linear_cross_entropy as flce
+
+    rows = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            rows.append(grid[0])
+            return lambda **_: None
+
+    monkeypatch.setattr(flce, "liger_cross_entropy_kernel", Kernel())
+    for _ in range(40):
+        tokens, hidden, budget = rng.randint(1, 300), rng.choice([2, 4, 8]), rng.choice([1, 1, 2, 8])
+        vocabulary = rng.randint(hidden, 60)
+        rows.clear()
+        labels = torch.randint(vocabulary, (tokens,))
+        flce.fused_linear_cross_entropy_forward(
+            torch.randn(tokens, hidden), torch.randn(vocabulary, hidden), labels, chunk_mem_const=budget
+        )
+        monkeypatch.setattr(Shape, "config", type("", (), {"vocab_size": vocabulary, "hidden_size": hidden}))
+        shape = Shape("any")
+        assert rows[0] == shape.chunk(tokens, budget)
+        assert len(rows) == shape.chunks(tokens, budget)
+
+
+def test_shape_counts_every_weight_once():
+    from transformers import AutoModelForCausalLM
+
+    for name in ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B"):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(Shape(name).config)
+        assert Shape(name).parameters == model.num_parameters()
+        assert Shape(name).head_bytes == model.lm_head.weight.numel() * 2
+
+
+def test_failed_run_is_found_but_bears_no_sentence():
+    h100 = evidence.folder("h100_single_gpu")
+    settings = {"batch_size": 32, "gradient_checkpointing": False}
+    assert h100.find(NO_KERNELS, **settings)["status"] == "oom"
+    with pytest.raises(UsageError, match="only a run that failed of: No Liger Kernel batch_size 32"):
+        h100.run(NO_KERNELS, **settings)
+    assert h100.find(ALL_KERNELS, batch_size=5) is None
+
+
+def test_cells_without_figures_say_why():
+    h100 = evidence.folder("h100_single_gpu")
+    oom = h100.find(NO_KERNELS, batch_size=32, gradient_checkpointing=False)
+    for cell in (report_tables.peak, report_tables.step, report_tables.speed):
+        assert cell(None) == "not measured"
+        assert cell(oom) == "OOM"
+
+
+def test_study_counts_the_cells_it_lacks(rng):
+    part = evidence.studies()[0]
+    fewer = evidence.Study(part.setting, dict(rng.sample(list(part.cells.items()), len(part.cells) - 3)))
+    assert fewer.missing == part.missing + 3 == len(study.GRID) - len(fewer.cells)
+
+
+def test_tables_keep_their_cells_and_get_widths():
+    table = "| name | GiB |\n| :--- | ---: |\n| a long name | 1 |"
+    lines = office.with_column_widths(f"text\n\n{table}\n\nmore\n").splitlines()
+    assert [*lines[:3], *lines[4:]] == ["text", "", "| name | GiB |", "| a long name | 1 |", "", "more"]
+    first, second = re.fullmatch(r"\|:(-+)\|(-+):\|", lines[3]).groups()
+    assert len(first) > 2 * len(second)
+
+
+def test_check_fails_in_one_line_when_a_source_has_changed(tmp_path):
+    for name in ("doc", "src", "all_gpu_liger_kernel.py", "deepspeed_liger_kernel.py"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    with (tmp_path / "doc" / "source" / "slides.md").open("a") as slides:
+        slides.write("\n# One more slide\n")
+    done = run_python("-m", "doc.build", "--check", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "error: out of date, run python -m doc.build: group_10_liger_kernel.pptx\n"
+
+
+def test_holds_returns_its_text_on_one_line():
+    assert holds(True, lambda: "two\n  lines") == "two lines"
