@@ -220,7 +220,6 @@ FILTERS: dict[str, Callable[..., str]] = {
     "ms": lambda seconds: f"{seconds * 1e3:,.0f} ms",
     "tokens": lambda rate: f"{rate:,.0f} tokens/s",
     "percent": lambda share: f"{share:.0%}",
-    "percent1": lambda share: f"{share:.1%}",
     "percent3": lambda share: f"{share:.3%}",
     "size": lambda record: "{batch_size} x {seq_length}".format(**record["config"]),
     "gb_per_s": lambda rate: f"{rate / 1e9:,.0f} GB/s",
