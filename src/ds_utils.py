@@ -25,6 +25,7 @@ from src.live_memory import tensors_in
 from src.measure import Measurement, PhasePeaks, Step
 from src.model_utils import TORCH_DTYPES, build_model, load_model_config, parameter_counts
 from src.optimizer_utils import build_offload_optimizer, build_scheduler
+from src.ranks import world_size
 from src.snapshot import GATHER, REDUCE
 from src.utils import GIB, local_ranks, print_rank0
 
@@ -229,11 +230,6 @@ def _labelled(owner: Any, name: str, label: str, attribution: Attribution) -> Ab
     return mock.patch.object(owner, name, call)
 
 
-def world_size() -> int:
-    """Processes of this job, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def init_distributed(device: str) -> torch.device:
     """Join the job that the launcher started, or make one of a single process; returns this rank's device."""
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
@@ -247,9 +243,12 @@ def init_distributed(device: str) -> torch.device:
     if device == "cuda":
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch sees no CUDA GPU; --device cpu runs the engine without one")
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(f"{local_rank + 1} processes on this machine, but {torch.cuda.device_count()} GPUs")
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        processes = max(local_ranks(), local_rank + 1)
+        if processes > gpus:
+            raise UsageError(
+                f"{processes} processes on this machine, but {gpus} GPUs: take NUM_GPUS={gpus}"
+            )
         torch.cuda.set_device(local_rank)
     # DeepSpeed's own collectives for CPUs leave 66 MiB a rank in /dev/shm for good.
     backend = importlib.import_module("deepspeed.comm.torch")

@@ -14,7 +14,6 @@ are not run but recorded as `inferred`; --every_cell runs them.
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import importlib
 import itertools
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from src import records
 from src.cli import parse_config, run
 from src.config import STRATEGIES, RunConfig, Strategy, UsageError
+from src.ranks import die_with_parent, ending_of
 from src.utils import GIB, ExitStatus, error_line
 
 _BATCH = {"seq_length": ["1024"], "batch_size": ["1", "4", "8", "16", "32", "64", "96", "112"]}
@@ -221,7 +221,7 @@ def _become(cell: Cell, log: Path) -> None:
     status = ExitStatus.FAILED
     try:
         os.setsid()  # so that whatever it starts can be ended with it
-        _die_with_parent()
+        die_with_parent()
         for number in _INTERRUPTIONS:
             signal.signal(number, signal.SIG_DFL)
         with log.open("w") as file:
@@ -235,13 +235,6 @@ def _become(cell: Cell, log: Path) -> None:
         error_line(f"{type(error).__name__}: {error}")
     finally:
         os._exit(status)  # what the parent registered for its own end is not the child's
-
-
-def _die_with_parent() -> None:
-    """Let the system end this process if the sweep is killed; Linux can."""
-    if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def _wait(child: int, timeout_s: float) -> int | None:
@@ -283,9 +276,7 @@ def _what_happened(ending: int | None, log: Path) -> tuple[str, str]:
     if ending is None:
         return "TimedOut", "it took too long and was ended"
     if ending < 0:
-        name = signal.Signals(-ending).name
-        hint = "; the system may have had too little host memory" if name == "SIGKILL" else ""
-        return "Killed", f"ended by {name}{hint}"
+        return "Killed", ending_of(ending)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     told = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
     return "Failed", f"exit status {ending}: {told.removeprefix('error: ') or 'it printed nothing'}"
