@@ -597,9 +597,9 @@ def test_rank_out_of_memory_ends_the_job_and_leaves_the_record(tmp_path):
     assert (record["status"], record["config"]["world_size"]) == ("oom", 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
-def test_rank_that_is_killed_ends_the_job_with_one_line(tmp_path, rng, number):
+def test_rank_that_is_killed_ends_the_job_with_one_line(tmp_path, rng):
     """At any time from its imports to the steps."""
+    number = rng.choice([signal.SIGKILL, signal.SIGTERM])
     arguments = [*SMALL, "--num_train_iterations", 10**6, *QUIET, "--result_dir", tmp_path / "results"]
     job, model = uuid.uuid4().hex, write_llama_folder(tmp_path / "model", **SHAPE)
     environment = ENVIRONMENT | {"OFFLOAD_TEST_JOB": job}
