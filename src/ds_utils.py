@@ -235,7 +235,7 @@ def init_distributed(device: str) -> torch.device:
     """Join the job that the launcher started, or make one of a single process; returns this rank's device."""
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_PORT", "29500" if world_size() > 1 else str(_free_port()))
+    os.environ.setdefault("MASTER_PORT", "29500" if world_size() > 1 else str(free_port()))
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -271,7 +271,8 @@ def _leave_job() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on this machine that no one listens on now."""
     import socket
 
     with socket.socket() as probe:
