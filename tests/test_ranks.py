@@ -239,11 +239,11 @@ def sweep_of(monkeypatch, tmp_path):
             assert config.world_size == 3
             return behave(rank, config)
 
-        module = SimpleNamespace(DEFAULTS=OffloadConfig(result_dir=str(fake.results)), CPU_DEFAULTS={}, main=main)
+        module = SimpleNamespace(DEFAULTS=OffloadConfig(result_dir=str(fake.results)), CPU_DEFAULTS=fake.CPU_DEFAULTS, main=main)
         monkeypatch.setitem(sys.modules, "fake_script", module)
         monkeypatch.setitem(sweep.SCRIPTS, "deepspeed", "fake_script")
         flags = ["--script=deepspeed", "--num_gpus=3", "--device=cuda"]
-        status, _, stderr = Program(tmp_path, [*arguments, "strategy=all", *flags]).wait()
+        status, _, stderr = Program(tmp_path, ["strategy=all", *arguments, *flags]).wait()
         started = [line.split() for line in fake.ran()]
         wait_until(lambda: not any(is_alive(int(pid)) for _, pid in started))
         return status, stderr, sorted(int(rank) for rank, _ in started), fake
