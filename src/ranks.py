@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from src.utils import ExitStatus, error_line
 
 _GRACE_S = 10  # in which a launcher ends the other ranks of a job that fails
+_NEXT_S = 3  # a launcher that terminates a rank comes next to the process that watches it
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of <linux/prctl.h>
 _WATCHED = {signal.SIGCHLD, signal.SIGTERM}
 
@@ -103,7 +104,7 @@ def _watch(rank: int, reading: int, launcher: int) -> int:
     if ending >= 0 and os.read(reading, 1):
         return ending
     # A launcher that ends a job terminates the rank first and then this process.
-    if ending != -signal.SIGTERM or signal.sigtimedwait({signal.SIGTERM}, _GRACE_S) is None:
+    if ending != -signal.SIGTERM or signal.sigtimedwait({signal.SIGTERM}, _NEXT_S) is None:
         error_line(f"{name()}{ending_of(ending)}")
     return ExitStatus.FAILED
 

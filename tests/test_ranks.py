@@ -33,7 +33,7 @@ PROGRAM = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from src import ranks
-ranks._GRACE_S = {grace}
+ranks._NEXT_S = {next_s}
 with ranks.watched():
     Path("pid").write_text(str(os.getpid()))
     status = 0
@@ -49,8 +49,8 @@ def start(tmp_path):
     """Starts a rank of four and returns its watcher and, where `code` does not end, the rank itself."""
     started = []
 
-    def start(code, *, grace=0.2, waits=False, before=()):
-        program = PROGRAM.format(code=code, grace=grace)
+    def start(code, *, next_s=0.2, waits=False, before=()):
+        program = PROGRAM.format(code=code, next_s=next_s)
         (tmp_path / "pid").unlink(missing_ok=True)
         settings = {"env": ENVIRONMENT, "cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         watcher = subprocess.Popen([*before, sys.executable, "-c", program], **settings, text=True)
@@ -102,7 +102,7 @@ def test_rank_that_dies_while_it_exits_is_told_of(start):
 
 
 def test_rank_that_its_launcher_ends_is_silent(start):
-    watcher, rank = start(SLEEP, grace=60, waits=True)
+    watcher, rank = start(SLEEP, next_s=60, waits=True)
     os.kill(rank, signal.SIGTERM)  # in this order, as DeepSpeed's launcher does
     wait_until(lambda: not is_alive(rank))
     watcher.terminate()
@@ -239,7 +239,9 @@ def sweep_of(monkeypatch, tmp_path):
             assert config.world_size == 3
             return behave(rank, config)
 
-        module = SimpleNamespace(DEFAULTS=OffloadConfig(result_dir=str(fake.results)), CPU_DEFAULTS=fake.CPU_DEFAULTS, main=main)
+        module = SimpleNamespace(
+            DEFAULTS=OffloadConfig(result_dir=str(fake.results)), CPU_DEFAULTS=fake.CPU_DEFAULTS, main=main
+        )
         monkeypatch.setitem(sys.modules, "fake_script", module)
         monkeypatch.setitem(sweep.SCRIPTS, "deepspeed", "fake_script")
         flags = ["--script=deepspeed", "--num_gpus=3", "--device=cuda"]
