@@ -63,7 +63,9 @@ def start(tmp_path):
     yield start
     for watcher in started:
         watcher.kill()
-        watcher.communicate()
+        watcher.wait()
+        for pipe in (watcher.stdout, watcher.stderr):
+            pipe.close()  # not read to its end: a process that stayed behind may have it
 
 
 def ended(watcher):
