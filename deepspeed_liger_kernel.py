@@ -19,7 +19,7 @@ import sys
 
 import torch
 
-from src import floor, interpreter, records
+from src import floor, interpreter, ranks, records
 from src.attribution import record_breakdown
 from src.cli import parse_config, run
 from src.config import OffloadConfig, UsageError
@@ -32,7 +32,6 @@ from src.ds_utils import (
     phases_over_ranks,
     shut_down,
     sum_over_ranks,
-    world_size,
 )
 from src.measure import Mark, measure, measure_phases, no_mark
 from src.model_utils import flops_per_step, implementations
@@ -40,7 +39,7 @@ from src.profiler import trace_step, write_tensorboard
 from src.random_data import micro_batches, set_seed
 from src.recording import add_measurement, add_phases, new_record, recording
 from src.runtime import CudaRuntime, HostRuntime, Runtime, host_peak_bytes
-from src.utils import is_rank0, keep_out_of_garbage_collection, print_rank0
+from src.utils import error_line, is_rank0, keep_out_of_garbage_collection, print_rank0
 
 DEFAULTS = OffloadConfig()
 
@@ -83,7 +82,7 @@ def build_experiment(config: OffloadConfig, runtime: Runtime) -> OffloadExperime
 
 def main(config: OffloadConfig) -> int:
     """Run the experiment `config` describes; returns the exit status."""
-    config = dataclasses.replace(config, world_size=world_size())
+    config = dataclasses.replace(config, world_size=ranks.world_size())
     on_gpu = config.device == "cuda"
     if not on_gpu and (config.dtype == "fp16" or config.memory_limit_gib is not None):
         raise UsageError("on a CPU there is no --dtype fp16 and no --memory_limit_gib")
@@ -111,6 +110,9 @@ def main(config: OffloadConfig) -> int:
             experiment.finish_updates()
             record |= floor.of_run(experiment.engine.module, config, runtime)
     print_rank0(records.report(record, config))
+    if record["status"] == "oom" and not is_rank0():
+        ranks.give_way()
+        error_line(f"{ranks.name()}out of GPU memory, see {config.record_file}")
     # The record is safe by now, whatever becomes of the diagnostic steps, in which every rank takes part.
     timeline = None
     if record["status"] == "ok" and on_gpu:
@@ -127,4 +129,6 @@ def main(config: OffloadConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, parse_config(__doc__, DEFAULTS, cpu_defaults=CPU_DEFAULTS)))
+    with ranks.watched():
+        status = run(main, parse_config(__doc__, DEFAULTS, cpu_defaults=CPU_DEFAULTS))
+    sys.exit(status)

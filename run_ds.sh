@@ -5,9 +5,59 @@
 #   bash run_ds.sh --preset fast                               # ours, for speed
 #   PER_DEVICE_TRAIN_BATCH_SIZE=32 ENABLE_FLCE=0 bash run_ds.sh
 #   NUM_GPUS=2 bash run_ds.sh
-#   HOSTFILE=hosts NUM_GPUS=8 bash run_ds.sh                   # several machines; a line each: name slots=8
+#
+# Several machines, a line each in the file: name slots=8. Through ssh without a password and pdsh:
+#   HOSTFILE=hosts bash run_ds.sh
+# Without either, on each machine, NODE_RANK counting up from 0 in the order of the lines:
+#   HOSTFILE=hosts NODE_RANK=0 MASTER_ADDR=<address of the first> bash run_ds.sh
 set -euo pipefail
+
+refuse() { echo "error: $*" >&2; exit 2; }
+is_count() { [[ "$1" =~ ^[1-9][0-9]{0,5}$ ]]; }
+
+HOSTFILE=${HOSTFILE:+$(realpath -m -- "$HOSTFILE")} # as seen from where the script was started
 cd "$(dirname "${BASH_SOURCE[0]}")"
+
+NODE_RANK=${NODE_RANK:-}
+MASTER_PORT=${MASTER_PORT:-29500}
+is_count "$MASTER_PORT" || refuse "MASTER_PORT must be a number, got '$MASTER_PORT'"
+if [ -z "$HOSTFILE" ]; then
+    [ -z "$NODE_RANK" ] || refuse "NODE_RANK counts the lines of a HOSTFILE: set that, too"
+    NUM_GPUS=${NUM_GPUS:-1}
+fi
+NUM_GPUS=${NUM_GPUS:-} # with a HOSTFILE: as many as each has slots
+[ -z "$NUM_GPUS" ] || is_count "$NUM_GPUS" || refuse "NUM_GPUS must be a number of GPUs, got '$NUM_GPUS'"
+
+# DeepSpeed would run on this machine alone if the file were missing, and take GPUs that a machine has no slots for.
+launcher=(--master_port "$MASTER_PORT" --no_local_rank --log_level error ${NUM_GPUS:+--num_gpus "$NUM_GPUS"})
+if [ -n "$HOSTFILE" ]; then
+    [ -f "$HOSTFILE" ] && [ -r "$HOSTFILE" ] || refuse "HOSTFILE: $HOSTFILE is no file that can be read"
+    hosts=() # names, in order
+    while IFS=$' \t\r' read -r name slots more || [ -n "$name" ]; do
+        if [[ -z "$name" || "$name" == "#"* ]]; then continue; fi
+        is_count "${slots#slots=}" && [[ "$slots" == slots=* && "$more" =~ ^(#.*)?$ ]] ||
+            refuse "HOSTFILE: a line must be like 'name slots=8', not '$name${slots:+ $slots}${more:+ $more}'"
+        [[ " ${hosts[*]-} " != *" $name "* ]] || refuse "HOSTFILE: $name is there twice"
+        [ "${NUM_GPUS:-0}" -le "${slots#slots=}" ] || refuse "NUM_GPUS=$NUM_GPUS, but HOSTFILE: $name $slots"
+        hosts+=("$name")
+    done <"$HOSTFILE"
+    [ ${#hosts[@]} -gt 0 ] || refuse "HOSTFILE: $HOSTFILE names no machine; a line each: name slots=8"
+    launcher+=(--hostfile "$HOSTFILE" ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"})
+    if [ -n "$NODE_RANK" ]; then
+        [[ "$NODE_RANK" =~ ^[0-9]{1,5}$ ]] && [ "$NODE_RANK" -lt ${#hosts[@]} ] ||
+            refuse "NODE_RANK must be from 0 to $((${#hosts[@]} - 1)) with this HOSTFILE, got '$NODE_RANK'"
+        [ -n "${MASTER_ADDR:-}" ] || refuse "NODE_RANK needs MASTER_ADDR, the address of the first machine"
+        launcher+=(--no_ssh --node_rank "$NODE_RANK")
+    else
+        instead="; or start each machine's part yourself, with NODE_RANK and MASTER_ADDR"
+        command -v pdsh >/dev/null || refuse "HOSTFILE needs pdsh, which is not installed$instead"
+        for name in "${hosts[@]}"; do
+            ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$name" true 2>/dev/null ||
+                refuse "HOSTFILE: no ssh to $name without a password$instead"
+        done
+        launcher+=(--no_ssh_check)
+    fi
+fi
 
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     device=cuda model=meta-llama/Llama-3.2-1B-Instruct batch=4 length=1024 iterations=5
@@ -15,10 +65,6 @@ else # a size for Triton's interpreter
     export DS_ACCELERATOR=cpu
     device=cpu model=tiny-llama batch=2 length=64 iterations=2
 fi
-
-NUM_GPUS=${NUM_GPUS:-1}
-HOSTFILE=${HOSTFILE:-}
-MASTER_PORT=${MASTER_PORT:-29500}
 
 MODEL_NAME=${MODEL_NAME:-$model}
 
@@ -47,9 +93,6 @@ ENABLE_LIGER_ROPE=${ENABLE_LIGER_ROPE:-1}
 ENABLE_LIGER_SWIGLU=${ENABLE_LIGER_SWIGLU:-1}
 ENABLE_LIGER_RMS=${ENABLE_LIGER_RMS:-1}
 ENABLE_FLCE=${ENABLE_FLCE:-1}
-
-launcher=(--num_gpus "$NUM_GPUS" --master_port "$MASTER_PORT" --no_local_rank --log_level error)
-if [ -n "$HOSTFILE" ]; then launcher+=(--hostfile "$HOSTFILE"); fi
 
 exec deepspeed "${launcher[@]}" deepspeed_liger_kernel.py --device "$device" \
     --model_name "$MODEL_NAME" \

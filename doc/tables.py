@@ -3,6 +3,7 @@
 python -m doc.tables measured doc/data > doc/measured.md
 python -m doc.tables predicted doc/data/h100_single_gpu > doc/predicted_vs_measured.md
 python -m doc.tables offload doc/data > doc/offload.md
+python -m doc.tables scaling doc/data
 python -m doc.tables levers doc/data/h200_offload > doc/levers.md
 python -m doc.tables peak doc/data > doc/peak.md
 python -m doc.tables original doc/data > doc/original.md
@@ -130,6 +131,44 @@ def offload_table(runs: list[dict[str, Any]]) -> str:
     return markdown(
         [*header, "ms a step (median ± IQR/2)", "tokens/s", "floor ms", "times the floor", "host GiB"], rows
     )
+
+
+def scaling_table(runs: list[dict[str, Any]]) -> str:
+    """Each experiment that ran on several GPUs: peak of the fullest, tokens/s of all, and what part of n times one's.
+
+    Compares runs on the same kind of GPU that differ in their number and in nothing else; a cell without a record, or
+    an efficiency without a run on one GPU, stays empty.
+    """
+    found: dict[tuple, dict[int, dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: run["environment"]["date"]):  # of two alike, the later
+        alone = dataclasses.replace(config_of(run), world_size=1)
+        key = (alone.run_name, run["environment"]["gpu"], *thread_variables(run))
+        found.setdefault(key, {})[config_of(run).world_size] = run
+    found = {key: by_count for key, by_count in found.items() if max(by_count) > 1}
+    if not found:
+        return "No run on several GPUs has been measured."
+    counts = sorted({1, 2, 4, 8}.union(*found.values()))
+    rows = []
+    for by_count in sorted(found.values(), key=lambda by_count: _offload_order(by_count[min(by_count)])):
+        run = next(iter(by_count.values()))
+        config = dataclasses.replace(config_of(run), world_size=1)
+        sizes = f"{config.batch_size} x {config.seq_length}"
+        cell = [_offload_settings(run | {"config": config.to_dict()}), config.strategy.title, sizes, gpu_name(run)]
+        speed = {n: run["throughput_tokens_per_s"] for n, run in by_count.items() if run["status"] == "ok"}
+        peaks = [_peak_or_oom(by_count.get(n)) for n in counts]
+        speeds = [f"{speed[n]:,.0f}" if n in speed else "" for n in counts]
+        efficiencies = [f"{speed[n] / (n * speed[1]):.0%}" if {1, n} <= speed.keys() else "" for n in counts[1:]]
+        rows.append([*cell, *peaks, *speeds, *efficiencies])
+    columns = [("peak GiB", counts), ("tokens/s", counts), ("efficiency", counts[1:])]
+    of_counts = [f"{what}, {n} GPU{'s' * (n > 1)}" for what, sizes in columns for n in sizes]
+    return markdown(["preset, and what differs from it", "kernels", "batch per GPU x seq", "GPU", *of_counts], rows)
+
+
+def _peak_or_oom(record: dict[str, Any] | None) -> str:
+    """Nothing for a run that has no record."""
+    if record is None:
+        return ""
+    return "OOM" if record["status"] == "oom" else f"{record['peak_memory_bytes'] / GIB:,.2f}"
 
 
 def levers_table(runs: list[dict[str, Any]]) -> str:
@@ -290,6 +329,7 @@ TABLES = {
     "measured": Document("Measured peak memory and speed, one GPU", measured_table, "all_gpu"),
     "predicted": Document("Predicted and measured peak memory, one GPU", predicted_table, "all_gpu"),
     "offload": Document("Measured peak memory and speed, ZeRO-3 offload", offload_table, "deepspeed"),
+    "scaling": Document("Several GPUs under ZeRO-3 offload: peak, throughput and scaling", scaling_table, "deepspeed"),
     "peak": Document("What the peak is made of, with and without Liger kernels", peak_table),
     "levers": Document(
         "What makes an offloaded step faster: Llama 3.2 1B, all kernels, 4 x 1024", levers_table, "deepspeed"

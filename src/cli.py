@@ -7,7 +7,9 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from src import interpreter
+import torch
+
+from src import interpreter, ranks
 from src.config import PRESETS, OffloadConfig, RunConfig, UsageError, make_parser, to_config
 from src.runtime import resolve_device
 from src.utils import ExitStatus, error_line
@@ -41,8 +43,7 @@ def parse_config(
         arguments = parser.parse_args(words)
         return dataclasses.replace(to_config(arguments, type(defaults)), device=device)
     except UsageError as error:
-        error_line(error)
-        sys.exit(ExitStatus.BAD_ARGUMENTS)
+        sys.exit(_refused(error))
 
 
 def _plans(arguments: argparse.Namespace) -> bool:
@@ -74,12 +75,26 @@ def run(main: Callable[[RunConfig], int], config: RunConfig) -> int:
     except KeyboardInterrupt:
         error_line("interrupted")
         return ExitStatus.INTERRUPTED
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # whoever leaves in the middle has not done what was asked
         if config.debug:
             traceback.print_exc()
         if isinstance(error, UsageError):
-            error_line(error)
-            return ExitStatus.BAD_ARGUMENTS
+            return _refused(error)
+        if _comes_from_another_rank(error):
+            ranks.give_way()
         hint = "" if config.debug else " (--debug shows where)"
-        error_line(f"{type(error).__name__}: {error}{hint}")
+        error_line(f"{ranks.name()}{type(error).__name__}: {error}{hint}")
         return ExitStatus.FAILED
+
+
+def _refused(error: UsageError) -> int:
+    """The exit status of a run that cannot be, for a reason that other ranks find as well."""
+    if not ranks.is_first_here():
+        ranks.give_way()
+    error_line(error)
+    return ExitStatus.BAD_ARGUMENTS
+
+
+def _comes_from_another_rank(error: BaseException) -> bool:
+    """Whether it is a collective that failed, most likely because another rank has ended."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()

@@ -11,8 +11,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NoReturn, Self
 from urllib.parse import quote
+
+from src import ranks
 
 DTYPES = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cuda", "cpu")
@@ -414,11 +416,18 @@ def _add_option(parser: Any, f: dataclasses.Field, default: Any, original_flag: 
     parser.add_argument(*(f"--{name}" for name in names), **kwargs, **f.metadata["argparse"])
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake once, not once per rank."""
+
+    def error(self, message: str) -> NoReturn:
+        if not ranks.is_first_here():
+            ranks.give_way()
+        super().error(message)
+
+
 def make_parser(description: str | None, defaults: RunConfig) -> argparse.ArgumentParser:
     """An argparse parser with one option per field of `defaults` and its strategy, `defaults` as default values."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(defaults):
         if f.name not in defaults.without_flag:
             _add_option(parser, f, getattr(defaults, f.name), defaults.original_flags.get(f.name))

@@ -7,6 +7,7 @@ import atexit
 import importlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -25,6 +26,7 @@ from src.live_memory import tensors_in
 from src.measure import Measurement, PhasePeaks, Step
 from src.model_utils import TORCH_DTYPES, build_model, load_model_config, parameter_counts
 from src.optimizer_utils import build_offload_optimizer, build_scheduler
+from src.ranks import is_first_here, world_size
 from src.snapshot import GATHER, REDUCE
 from src.utils import GIB, local_ranks, print_rank0
 
@@ -224,16 +226,11 @@ def _labelled(owner: Any, name: str, label: str, attribution: Attribution) -> Ab
     return mock.patch.object(owner, name, call)
 
 
-def world_size() -> int:
-    """Processes of this job, as the launcher says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def init_distributed(device: str) -> torch.device:
     """Join the job that the launcher started, or make one of a single process; returns this rank's device."""
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_PORT", "29500" if world_size() > 1 else str(_free_port()))
+    os.environ.setdefault("MASTER_PORT", "29500" if world_size() > 1 else str(free_port()))
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -242,9 +239,10 @@ def init_distributed(device: str) -> torch.device:
     if device == "cuda":
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch sees no CUDA GPU; --device cpu runs the engine without one")
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(f"{local_rank + 1} processes on this machine, but {torch.cuda.device_count()} GPUs")
+        local_rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        processes = max(local_ranks(), local_rank + 1)
+        if processes > gpus:
+            raise UsageError(f"{processes} processes on this machine, but {gpus} GPUs: take NUM_GPUS={gpus}")
         torch.cuda.set_device(local_rank)
     # DeepSpeed's own collectives for CPUs leave 66 MiB a rank in /dev/shm for good.
     backend = importlib.import_module("deepspeed.comm.torch")
@@ -268,7 +266,8 @@ def _leave_job() -> None:
         torch.distributed.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port on this machine that no one listens on now."""
     import socket
 
     with socket.socket() as probe:
@@ -342,12 +341,28 @@ def _overlapped_zero3() -> Any:
 
 
 def _announce_compilation(config: OffloadConfig) -> None:
-    from torch.utils.cpp_extension import get_default_build_root
+    from torch.utils.cpp_extension import _get_build_directory
 
     name = {"deepspeed_cpu_adam": "cpu_adam", "overlapped_cpu_adam": "overlapped_adam"}[config.optimizer]
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    if not any(f"{name}.so" in files for _, _, files in os.walk(root)):
+    folder = Path(_get_build_directory(name, verbose=False))
+    lock = folder / "lock"
+    # Whoever compiles has the lock open. It is not ours to delete: other machines may share the folder.
+    if is_first_here() and lock.exists() and not _is_open(lock) and lock.exists():
+        told = (
+            f"Waiting for {lock} to go: a compilation that was killed has left it, unless another machine compiles "
+            "there now. If none does, stop this run, delete the file and start again."
+        )
+        print(told, file=sys.stderr, flush=True)
+    if not (folder / f"{name}.so").exists():
         print_rank0(f"Compiling {config.optimizer} for this machine: once, up to a few minutes.")
+
+
+def _is_open(path: Path) -> bool:
+    """Whether a process on this machine has the file open, as far as this user may look."""
+    import psutil
+
+    processes = psutil.process_iter(["open_files"])
+    return any(str(path.resolve()) == file.path for process in processes for file in process.info["open_files"] or ())
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -97,22 +97,22 @@ def recording(record: dict[str, Any], config: RunConfig, *, keeps: bool = True) 
     except SimulatedOutOfMemory as error:
         record |= {"status": "oom", "error": _error(error) | error.facts}
     except Exception as error:
-        # A rank that runs out of memory ends, and the others fail for want of it: that is no other failure.
-        elsewhere = _out_of_memory_since(started, config.record_file)
+        # A rank that fails ends, and the others fail for want of it: that is no other failure.
+        elsewhere = _failure_since(started, config.record_file)
         record |= elsewhere or {"status": "error", "error": _error(error)}
-        if elsewhere is None:
+        if record["status"] != "oom":
             raise
     finally:
         if {None: False, "ok": keeps}.get(record["status"], True):
             _save_or_print(record, config.record_file)
 
 
-def _out_of_memory_since(moment: float, path: Path) -> dict[str, Any] | None:
-    """Status and error of the record in `path` if it was written since `moment` and tells of too little memory."""
+def _failure_since(moment: float, path: Path) -> dict[str, Any] | None:
+    """Status and error of the record in `path` if it was written since `moment` and tells of a failure."""
     if not path.exists() or path.stat().st_mtime < moment:
         return None
     told = load(path)
-    return {"status": "oom", "error": told["error"]} if told["status"] == "oom" else None
+    return {name: told[name] for name in ("status", "error")} if told["status"] in ("oom", "error") else None
 
 
 class OutOfMemoryWatch:

@@ -3,6 +3,7 @@
     python -m src.sweep study --dry_run                                     # predict the original's grids, no GPU
     python -m src.sweep study --script deepspeed --preset fast              # measure them
     python -m src.sweep study --script deepspeed --memory_limit_gib 24      # as on a 24 GB card
+    python -m src.sweep study --script deepspeed --num_gpus 4               # each cell on four GPUs
     python -m src.sweep batch_size=1,2,4 seq_length=512 strategy=none,all --dtype fp32
 
 A grid is `batch` (the original's batch sizes at 1024 tokens), `sequence` (its lengths at batch 4), `study` (both) or
@@ -14,7 +15,6 @@ are not run but recorded as `inferred`; --every_cell runs them.
 
 import argparse
 import contextlib
-import ctypes
 import dataclasses
 import importlib
 import itertools
@@ -23,7 +23,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from tqdm import tqdm
 from src import records, study
 from src.cli import parse_config, run
 from src.config import STRATEGIES, RunConfig, Strategy, UsageError
+from src.ranks import die_with_parent, ending_of
 from src.utils import GIB, ExitStatus, error_line
 
 _BATCH = {"seq_length": [str(study.FIXED_LENGTH)], "batch_size": [str(size) for size in study.BATCH_SIZES]}
@@ -83,7 +84,7 @@ def strategy_of(word: str) -> Strategy:
     return STRATEGY_NAMES[word] if word in STRATEGY_NAMES else Strategy.only(*word.split("+"))
 
 
-def cells_of(axes: Sequence[dict[str, list[str]]], script: str, flags: Sequence[str]) -> list[Cell]:
+def cells_of(axes: Sequence[dict[str, list[str]]], script: str, flags: Sequence[str], num_gpus: int = 1) -> list[Cell]:
     """Every cell of the grid once: strategy by strategy, the smallest first, so that the largest can be inferred."""
     found: dict[str, Cell] = {}
     for part in axes:
@@ -91,7 +92,7 @@ def cells_of(axes: Sequence[dict[str, list[str]]], script: str, flags: Sequence[
         for word in part.get("strategy", list(STRATEGY_NAMES)):
             for values in itertools.product(*(part[name] for name in names)):
                 sizes = [f"--{name}={value}" for name, value in zip(names, values)]
-                cell = _cell(script, [*_kernel_flags(strategy_of(word)), *sizes, *flags])
+                cell = _cell(script, [*_kernel_flags(strategy_of(word)), *sizes, *flags], num_gpus)
                 found.setdefault(cell.config.run_name, cell)
     order = {strategy: i for i, strategy in enumerate(dict.fromkeys(c.config.strategy for c in found.values()))}
     return sorted(found.values(), key=lambda cell: (order[cell.config.strategy], cell.config.tokens_per_step))
@@ -102,10 +103,12 @@ def _kernel_flags(strategy: Strategy) -> list[str]:
     return [f"--{field.metadata['flag']}={int(getattr(strategy, field.name))}" for field in fields]
 
 
-def _cell(script: str, arguments: list[str]) -> Cell:
+def _cell(script: str, arguments: list[str], num_gpus: int) -> Cell:
     module = importlib.import_module(SCRIPTS[script])
     cpu_defaults = getattr(module, "CPU_DEFAULTS", None) or module.kernel_check.DEFAULTS
     config = parse_config(None, module.DEFAULTS, cpu_defaults=cpu_defaults, words=arguments)
+    if num_gpus > 1:
+        config = dataclasses.replace(config, world_size=num_gpus)
     return Cell(config, tuple(arguments))
 
 
@@ -113,7 +116,8 @@ class Sweep:
     """Runs cells one after the other, each in a process forked from this one, which has imported everything.
 
     A process of its own because Liger's patches cannot be undone and a GPU that ran out of memory starts clean; forked
-    because importing takes longer than most cells. This process must never initialise CUDA.
+    because importing takes longer than most cells. This process must never initialise CUDA. On several GPUs a cell is
+    as many processes; the first that fails ends the others.
     """
 
     def __init__(self, cells: Sequence[Cell], *, timeout_s: float, every_cell: bool) -> None:
@@ -185,26 +189,35 @@ class Sweep:
         started = time.time()
         log = cell.config.record_file.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        ending = self._run_child(cell, log)
+        rank, ending = self._run_ranks(cell, log)
         mode = "predicted" if cell.config.dry_run else {"cuda": "measured", "cpu": "interpreted"}[cell.config.device]
         record = _record_since(started, cell.config)
-        if record is None:
-            return self._write(cell, mode, "error", *_what_happened(ending, log))
+        # A rank that is killed leaves others that fail for want of it.
+        killed = ending is None or ending < 0
+        if record is None or (killed and rank and record["status"] == "error"):
+            kind, message = _what_happened(ending, log)
+            return self._write(cell, mode, "error", kind, rank + message)
         if record["status"] != "error":
             log.unlink(missing_ok=True)
         return record
 
-    def _run_child(self, cell: Cell, log: Path) -> int | None:
-        """Exit status of the cell, negative if a signal ended it, None if it took too long."""
+    def _run_ranks(self, cell: Cell, log: Path) -> tuple[str, int | None]:
+        """Which of several ranks ended the cell, and its exit status: negative for a signal, None for too long."""
         sys.stdout.flush()
         sys.stderr.flush()
-        child = os.fork()
-        if child == 0:
-            _become(cell, log)
+        log.unlink(missing_ok=True)
+        environments = _ranks_of(cell.config)
+        children: dict[int, str] = {}
         try:
-            return _wait(child, self._timeout_s)
+            for environment in environments:
+                child = os.fork()
+                if child == 0:
+                    _become(cell, log, environment)
+                children[child] = f"rank {environment['RANK']}: " if environment else ""
+            return _wait(children, self._timeout_s)
         finally:
-            _end_group(child)
+            for child in children:
+                _end_group(child)
 
     def _facts(self) -> dict[str, Any]:
         """The environment as a cell would record it, read in a child: it initialises CUDA."""
@@ -213,15 +226,28 @@ class Sweep:
         return self._environment
 
 
-def _become(cell: Cell, log: Path) -> None:
+def _ranks_of(config: RunConfig) -> list[dict[str, str]]:
+    """What a launcher tells each process of a job by its environment; nothing to a single one."""
+    count = getattr(config, "world_size", 1)
+    if count == 1:
+        return [{}]
+    from src.ds_utils import free_port
+
+    names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE"), ("RANK", "LOCAL_RANK")
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **dict.fromkeys(names[0], str(count))}
+    return [job | dict.fromkeys(names[1], str(rank)) for rank in range(count)]
+
+
+def _become(cell: Cell, log: Path, environment: dict[str, str]) -> None:
     """In the child: be the script, with what it prints going to `log`. Does not return."""
     status = ExitStatus.FAILED
     try:
         os.setsid()  # so that whatever it starts can be ended with it
-        _die_with_parent()
+        die_with_parent()
         for number in _INTERRUPTIONS:
             signal.signal(number, signal.SIG_DFL)
-        with log.open("w") as file:
+        os.environ |= environment
+        with log.open("a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         name = SCRIPTS[cell.config.script]
@@ -234,21 +260,18 @@ def _become(cell: Cell, log: Path) -> None:
         os._exit(status)  # what the parent registered for its own end is not the child's
 
 
-def _die_with_parent() -> None:
-    """Let the system end this process if the sweep is killed; Linux can."""
-    if sys.platform == "linux":
-        set_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
-
-
-def _wait(child: int, timeout_s: float) -> int | None:
-    deadline = time.monotonic() + timeout_s
+def _wait(children: Mapping[int, str], timeout_s: float) -> tuple[str, int | None]:
+    """Name and exit status of the first child that fails, or of the last; no name and None if it takes too long."""
+    waiting, deadline = dict(children), time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
+        for child, name in list(waiting.items()):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                del waiting[child]
+                if status or not waiting:
+                    return name, os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
-    return None
+    return "", None
 
 
 def _end_group(child: int) -> None:
@@ -280,9 +303,7 @@ def _what_happened(ending: int | None, log: Path) -> tuple[str, str]:
     if ending is None:
         return "TimedOut", "it took too long and was ended"
     if ending < 0:
-        name = signal.Signals(-ending).name
-        hint = "; the system may have had too little host memory" if name == "SIGKILL" else ""
-        return "Killed", f"ended by {name}{hint}"
+        return "Killed", ending_of(ending)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     told = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
     return "Failed", f"exit status {ending}: {told.removeprefix('error: ') or 'it printed nothing'}"
@@ -344,11 +365,14 @@ def _interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _require_gpu() -> None:
-    from src.runtime import resolve_device
+def _require_gpus(count: int) -> None:
+    import torch
 
-    if resolve_device("auto") == "cpu":
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found == 0:
         raise UsageError("no GPU here: --dry_run predicts the grid, --device cpu runs tiny models")
+    if found < count:
+        raise UsageError(f"--num_gpus {count}, but {found} here")
 
 
 def main() -> int:
@@ -361,6 +385,7 @@ def main() -> int:
     )
     parser.add_argument("grid", nargs="+", help=f"{', '.join(GRIDS)}, or axes like batch_size=1,2,4")
     parser.add_argument("--script", choices=SCRIPTS, default="all_gpu", help="which experiment (default: %(default)s)")
+    parser.add_argument("--num_gpus", type=int, default=1, help="GPUs of a cell under --script deepspeed")
     parser.add_argument("--every_cell", action="store_true", help="run cells that cannot fit, too")
     parser.add_argument("--timeout_s", type=float, default=900, help="the longest a cell may take")
     arguments, flags = parser.parse_known_args()
@@ -369,10 +394,13 @@ def main() -> int:
     try:
         with _interruptible():
             axes = grid_axes(arguments.grid)
+            if arguments.num_gpus < 1 or (arguments.num_gpus > 1 and arguments.script != "deepspeed"):
+                raise UsageError("--num_gpus must be 1 or more, and 1 without --script deepspeed")
             if not {"--dry_run", "--device"} & {flag.partition("=")[0] for flag in flags}:
-                _require_gpu()
+                _require_gpus(arguments.num_gpus)
             # Snapshots and logs of a whole grid are asked for, not usual.
-            cells = cells_of(axes, arguments.script, ["--snapshot_dir=", "--log_dir=", *flags])
+            flags = ["--snapshot_dir=", "--log_dir=", *flags]
+            cells = cells_of(axes, arguments.script, flags, arguments.num_gpus)
             return Sweep(cells, timeout_s=arguments.timeout_s, every_cell=arguments.every_cell).run()
     except UsageError as error:
         error_line(error)

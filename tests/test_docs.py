@@ -7,7 +7,7 @@ import pytest
 
 from doc import tables
 from src import records
-from src.config import config_of
+from src.config import PRESETS, OffloadConfig, Strategy, config_of
 from src.ds_utils import host_bytes_needed
 from src.model_utils import load_model_config
 from src.snapshot import read, waterfall_table
@@ -123,3 +123,63 @@ def test_readme_states_the_frontiers_of_the_records():
 def test_readme_lists_every_module():
     for path in [*Path(ROOT / "src").glob("*.py"), *ROOT.glob("*.py"), *Path(ROOT / "doc").glob("*.py")]:
         assert path.name == "__init__.py" or path.relative_to(ROOT).as_posix() in README, path
+
+
+# Scaling
+
+
+def offload_record(rng, gpu="NVIDIA H200", preset="seed", **fields):
+    """A record with figures of its own."""
+    config = OffloadConfig(device="cuda", preset=preset, **PRESETS[preset], **fields)
+    speed = rng.uniform(1e3, 1e5)
+    facts = {"gpu": gpu, "date": "2026-01-01T00:00:00+00:00"}
+    figures = {"peak_memory_bytes": rng.randrange(2**30, 2**36), "throughput_tokens_per_s": speed, "environment": facts}
+    identity = {"run_name": config.run_name, "script": "deepspeed", "mode": "measured", "status": "ok"}
+    return records.EMPTY | identity | {"config": config.to_dict()} | figures
+
+
+def scaling_rows(runs):
+    """Rows of the table as dictionaries by column, by (first column, kernels, sizes, GPU)."""
+    lines = tables.scaling_table(runs).split("\n")
+    header, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines)
+    return {tuple(row[:4]): dict(zip(header[4:], row[4:], strict=True)) for row in rows}
+
+
+def test_efficiency_is_relative_to_one_gpu_and_what_was_not_measured_stays_empty(rng):
+    one, two, eight = (offload_record(rng, preset="fast", world_size=n) for n in (1, 2, 8))
+    ((cell, row),) = scaling_rows([eight, one, two]).items()
+    assert cell == ("fast", "All Liger Kernel", "4 x 1024", "H200")
+    for n, run in ((1, one), (2, two), (8, eight)):
+        name = "1 GPU" if n == 1 else f"{n} GPUs"
+        assert row.pop(f"peak GiB, {name}") == f"{run['peak_memory_bytes'] / 2**30:,.2f}"
+        assert row.pop(f"tokens/s, {name}") == f"{run['throughput_tokens_per_s']:,.0f}"
+        if n > 1:
+            efficiency = run["throughput_tokens_per_s"] / n / one["throughput_tokens_per_s"]
+            assert row.pop(f"efficiency, {name}") == f"{efficiency:.0%}"
+    assert row == {"peak GiB, 4 GPUs": "", "tokens/s, 4 GPUs": "", "efficiency, 4 GPUs": ""}
+
+
+def test_other_gpus_settings_and_threads_are_no_reference(rng):
+    four = offload_record(rng, world_size=4)
+    threads = offload_record(rng)
+    threads["environment"]["omp"] = {"OMP_NUM_THREADS": "2"}
+    others = [threads, offload_record(rng, gpu="NVIDIA H100 80GB HBM3"), offload_record(rng, batch_size=8)]
+    others += [offload_record(rng, preset="fast"), offload_record(rng, model_name="meta-llama/Llama-3.1-8B")]
+    others += [offload_record(rng, strategy=Strategy.only())]
+    (row,) = scaling_rows([*others, four]).values()
+    shown = {name for name, text in row.items() if text}
+    assert shown == {"peak GiB, 4 GPUs", "tokens/s, 4 GPUs"}
+
+
+def test_run_out_of_memory_has_no_speed_and_is_no_reference(rng):
+    one, two = (offload_record(rng, world_size=n) for n in (1, 2))
+    oom = one | {"status": "oom", "peak_memory_bytes": None, "throughput_tokens_per_s": None}
+    (row,) = scaling_rows([oom, two]).values()
+    assert (row["peak GiB, 1 GPU"], row["tokens/s, 1 GPU"], row["efficiency, 2 GPUs"]) == ("OOM", "", "")
+    oom = two | {"status": "oom", "peak_memory_bytes": None, "throughput_tokens_per_s": None}
+    (row,) = scaling_rows([one, oom]).values()
+    assert (row["peak GiB, 2 GPUs"], row["tokens/s, 2 GPUs"], row["efficiency, 2 GPUs"]) == ("OOM", "", "")
+
+
+def test_without_runs_on_several_gpus_the_scaling_table_says_so(rng):
+    assert tables.scaling_table([offload_record(rng)]) == "No run on several GPUs has been measured."

@@ -765,3 +765,50 @@ def test_arguments_of_the_shell_script_come_last(launched, parse):
     _, arguments = launched("--max_seq_len", "8", "--ds_override", '{"a": 1}', MAX_SEQ_LENGTH="16")
     config = parse(*arguments)
     assert (config.seq_length, config.ds_override) == (8, '{"a": 1}')
+
+
+# The extension cache
+
+
+@pytest.fixture
+def lock(tmp_path, monkeypatch):
+    """The file that says that another process compiles CPU Adam."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    return tmp_path / "cpu_adam" / "lock"
+
+
+def announced(capsys, **fields):
+    ds_utils._announce_compilation(OffloadConfig(**fields))
+    return capsys.readouterr()
+
+
+def test_lock_that_nobody_holds_is_told_of_in_one_line(lock, capsys, monkeypatch):
+    lock.touch()
+    told = announced(capsys)
+    assert str(lock) in told.err
+    assert "delete the file" in told.err
+    assert told.err.count("\n") == 1
+    assert lock.exists()
+    assert not announced(capsys, **FAST).err  # waits for another file
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for local_rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert announced(capsys).err.count("\n") == lines
+
+
+def test_lock_of_a_compilation_that_runs_is_not_told_of(lock, capsys):
+    holds = "import sys; from torch.utils.file_baton import FileBaton; print(FileBaton(sys.argv[1]).try_acquire());"
+    command = [sys.executable, "-uc", holds + "sys.stdin.read()", str(lock)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as compiling:
+        assert compiling.stdout.readline() == "True\n"
+        assert not announced(capsys).err
+        compiling.kill()
+    assert announced(capsys).err
+
+
+def test_compilation_is_announced_unless_it_is_done(lock, capsys):
+    assert not announced(capsys).err
+    assert "Compiling deepspeed_cpu_adam" in announced(capsys).out
+    (lock.parent / "cpu_adam.so").touch()
+    assert not announced(capsys).out

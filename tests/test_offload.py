@@ -8,11 +8,13 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +45,7 @@ OURS = "overlapped_cpu_adam"
 
 # Sizes that neither 2 nor 4 ranks divide: their partitions are padded.
 SHAPE = {"vocab_size": 499, "hidden_size": 30, "head_dim": 6, "intermediate_size": 77, "num_hidden_layers": 3}
+SMALL = ["--preset", "fast", "--max_seq_len", 32, "--per_device_train_batch_size", 1, *KERNELS_OFF]
 SHAPE |= {"num_attention_heads": 5, "num_key_value_heads": 1}
 LAYERS, (LAYER, REST) = 3, parameter_counts(LlamaConfig(**SHAPE, tie_word_embeddings=True))
 SEQ_LENGTH, GLOBAL_BATCH, STEPS = 32, 4, 3
@@ -189,7 +192,7 @@ def one_rank_cases():
         "--result_dir {folder}/main --log_dir {folder}/logs"
     )
     cases["shortest"] = case("--num_train_iterations 1 --warmup 0 --result_dir {folder}/shortest")
-    failure = {"how": "oom", "rank": 0, "marker": "{folder}/marker"}
+    failure = {"rank": 0, "marker": "{folder}/marker"}
     cases["oom"] = case("--preset fast --result_dir {folder}/oom", fails=failure)
     return cases
 
@@ -522,7 +525,11 @@ def test_launched_script_writes_one_record_and_prints_once(launched_script):
 
 def test_launched_script_trains_as_one_process_does(launched_script, one_rank):
     (path,) = launched_script[1].glob("results/*.json")
-    record = records.load(path)
+    assert_trained_as_one_process(records.load(path), one_rank)
+
+
+def assert_trained_as_one_process(record, one_rank):
+    """The record of two processes, against PyTorch on the weights and tokens of one."""
     assert (record["config"]["world_size"], config_of(record).tokens_per_step) == (2, GLOBAL_BATCH * SEQ_LENGTH)
     # One step more than the losses has the gradient norm; both runs have schedules of 4 steps.
     same = one_rank["reference", "fast", "as it is"]
@@ -531,13 +538,13 @@ def test_launched_script_trains_as_one_process_does(launched_script, one_rank):
     assert record["grad_norm"] == pytest.approx(expected.norms[STEPS], rel=1e-4)
 
 
-def shell_script(*arguments, folder, **variables):
+def shell_script(*arguments, folder, before=(), **variables):
     """run_ds.sh as on a machine without a GPU, started from elsewhere."""
     environment = {
         name: value for name, value in ENVIRONMENT.items() if name not in ("TRITON_INTERPRET", "DS_ACCELERATOR")
     }
-    command = ["bash", ROOT / "run_ds.sh", *map(str, arguments)]
-    environment |= variables | {"MASTER_PORT": str(free_port())}
+    command = [*before, "bash", ROOT / "run_ds.sh", *map(str, arguments)]
+    environment |= {"MASTER_PORT": str(free_port() if not before else 29500), **variables}
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
 
 
@@ -565,19 +572,18 @@ def test_shell_script_passes_bad_arguments_status_on(tmp_path):
 
 def processes_of(job):
     """Programs that were started with this job's mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("OFFLOAD_TEST_JOB") == job and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.cmdline())
-        except psutil.Error:
-            continue
-    return found
+    return [process.info["cmdline"] for process in job_processes(job)]
 
 
-@pytest.mark.parametrize(("how", "status"), [("killed", None), ("oom", 3)])
-def test_rank_that_fails_ends_the_job(tmp_path, how, status):
-    failure = {"how": how, "rank": 1, "marker": str(tmp_path / "marker")}
+def job_processes(job):
+    """Those processes."""
+    found = psutil.process_iter(["environ", "status", "cmdline"])
+    mine = [process for process in found if (process.info["environ"] or {}).get("OFFLOAD_TEST_JOB") == job]
+    return [process for process in mine if process.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def test_rank_out_of_memory_ends_the_job_and_leaves_the_record(tmp_path):
+    failure = {"rank": 1, "marker": str(tmp_path / "marker")}
     line = "--preset fast --num_train_iterations 100000 --result_dir {folder}/results"
     text = json.dumps({"main": case(line, fails=failure, limit_s=100)}).replace("{folder}", str(tmp_path))
     (tmp_path / "cases.json").write_text(text.replace("{model}", write_llama_folder(tmp_path / "model", **SHAPE)))
@@ -585,9 +591,122 @@ def test_rank_that_fails_ends_the_job(tmp_path, how, status):
     arguments = ["tests.offload_driver", tmp_path / "cases.json", tmp_path / "results.pt"]
     done = launched(2, "--module", *arguments, env=ENVIRONMENT | {"OFFLOAD_TEST_JOB": job})
     assert time.time() - (tmp_path / "marker").stat().st_mtime < 60
-    assert done.returncode == status if status else done.returncode != 0
+    assert done.returncode == 3
     assert processes_of(job) == []
-    written = [records.load(path) for path in tmp_path.glob("results/*.json")]
-    if how == "oom":
-        assert [record["status"] for record in written] == ["oom"]
-        assert written[0]["config"]["world_size"] == 2
+    (record,) = (records.load(path) for path in tmp_path.glob("results/*.json"))
+    assert (record["status"], record["config"]["world_size"]) == ("oom", 2)
+
+
+def test_rank_that_is_killed_ends_the_job_with_one_line(tmp_path, rng):
+    """At any time from its imports to the steps."""
+    number = rng.choice([signal.SIGKILL, signal.SIGTERM])
+    arguments = [*SMALL, "--num_train_iterations", 10**6, *QUIET, "--result_dir", tmp_path / "results"]
+    job, model = uuid.uuid4().hex, write_llama_folder(tmp_path / "model", **SHAPE)
+    environment = ENVIRONMENT | {"OFFLOAD_TEST_JOB": job}
+    with ThreadPoolExecutor() as pool:
+        launch = pool.submit(launched, 2, SCRIPT, "--model_name", model, *arguments, env=environment)
+        while not (watched := [p for p in job_processes(job) if is_watched(p, rank=1)]) and not launch.done():
+            time.sleep(0.1)
+        time.sleep(rng.random() * 15)
+        killed = time.time()
+        watched[0].send_signal(number)
+        done = launch.result()
+    assert time.time() - killed < 60
+    assert done.returncode == 1
+    assert_one_error_line(done.stderr, f"rank 1: ended by {number.name}")
+    assert processes_of(job) == []
+
+
+def is_watched(process, rank):
+    """Whether a process does the work of a rank, and is not the one that watches it."""
+    names = ("RANK", "OFFLOAD_TEST_JOB")
+    try:
+        mine, parents = process.environ(), process.parent().environ()
+    except (psutil.Error, AttributeError):
+        return False
+    return mine.get("RANK") == str(rank) and all(mine.get(name) == parents.get(name) for name in names)
+
+
+# Several machines
+
+
+@pytest.mark.parametrize(
+    ("lines", "variables", "text"),
+    [
+        (None, {}, "is no file"),
+        ("", {}, "names no machine"),
+        ("# a slots=8\n\n", {}, "names no machine"),
+        ("a\n", {}, "not 'a'"),
+        ("a slots=8\nb slots=0\n", {}, "not 'b slots=0'"),
+        ("a slots=many", {}, "not 'a slots=many'"),
+        ("a slots=8 slots=2\n", {}, "not 'a slots=8 slots=2'"),
+        ("a slots=8\nb slots=8\n\ta slots=2", {}, "a is there twice"),
+        ("a slots=8\nb slots=2", {"NUM_GPUS": "4"}, "b slots=2"),
+        ("a slots=8", {"NUM_GPUS": "0"}, "NUM_GPUS must be"),
+        ("a slots=8 # a comment\r\nb slots=8\r\n", {"NODE_RANK": "2", "MASTER_ADDR": "a"}, "from 0 to 1"),
+        ("a slots=8", {"NODE_RANK": "0"}, "needs MASTER_ADDR"),
+        ("nobody.invalid slots=8", {}, "NODE_RANK and MASTER_ADDR"),  # no ssh, or no pdsh
+    ],
+)
+def test_bad_hostfile_is_one_line_and_starts_nothing(tmp_path, lines, variables, text):
+    if lines is not None:
+        (tmp_path / "hosts").write_text(lines)
+    done = shell_script(folder=tmp_path, HOSTFILE="hosts", **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_error_line(done.stderr, text)
+
+
+@pytest.mark.parametrize("variables", [{"NUM_GPUS": "two"}, {"NUM_GPUS": "0"}, {"NODE_RANK": "1"}], ids=str)
+def test_bad_variables_of_the_shell_script_are_one_line(tmp_path, variables):
+    done = shell_script(folder=tmp_path, **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_error_line(done.stderr, next(iter(variables)))
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces of this machine, joined by a cable: (name, interface, address) of each."""
+    mark = uuid.uuid4().hex[:8]
+    ends = [(f"machine{i}-{mark}", f"v{i}-{mark}", f"10.77.0.{i + 1}") for i in range(2)]
+
+    def ip(*words):
+        done = subprocess.run(["ip", *words], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"no network namespaces here: ip {' '.join(words)}: {done.stderr.strip()}")
+
+    if shutil.which("ip") is None:
+        pytest.skip("no network namespaces here: there is no ip")
+    try:
+        for name, _, _ in ends:
+            ip("netns", "add", name)
+        (one, interface, _), (other, peer, _) = ends
+        ip("link", "add", interface, "netns", one, "type", "veth", "peer", "name", peer, "netns", other)
+        for name, interface, address in ends:
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", interface)
+            for device in ("lo", interface):
+                ip("-n", name, "link", "set", device, "up")
+        yield ends
+    finally:
+        for name, _, _ in ends:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)  # and its end of the cable with it
+
+
+def test_two_machines_train_as_one_process_does(two_machines, tmp_path, one_rank):
+    (tmp_path / "hosts").write_text("one slots=1\ntwo slots=1\n")
+    model, started = write_llama_folder(tmp_path / "model", **SHAPE), []
+    arguments = ["--preset", "fast", *KERNELS_OFF, *QUIET, "--model_name", model, "--warmup", "0"]
+    variables = {"HOSTFILE": "hosts", "MASTER_ADDR": two_machines[0][2], "NUM_TRAIN_ITERATIONS": str(STEPS)}
+    variables |= {"MAX_SEQ_LENGTH": str(SEQ_LENGTH), "PER_DEVICE_TRAIN_BATCH_SIZE": str(GLOBAL_BATCH // 2)}
+    with ThreadPoolExecutor() as pool:
+        for i, (name, interface, _) in enumerate(two_machines):
+            # Gloo looks for an interface by the machine's name, which these share; NCCL looks at the interfaces.
+            own = {"NODE_RANK": str(i), "GLOO_SOCKET_IFNAME": interface}
+            words = [*arguments, "--result_dir", tmp_path / f"results{i}"]
+            inside = ["ip", "netns", "exec", name]
+            started.append(pool.submit(shell_script, *words, folder=tmp_path, before=inside, **variables, **own))
+    first, second = (launch.result() for launch in started)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert second.stdout == ""
+    assert not (tmp_path / "results1").exists()
+    (path,) = tmp_path.glob("results0/*.json")
+    assert_trained_as_one_process(records.load(path), one_rank)

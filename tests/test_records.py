@@ -5,6 +5,8 @@ import dataclasses
 import io
 import json
 import math
+import os
+import time
 
 import pytest
 import torch
@@ -229,6 +231,21 @@ def test_any_rank_tells_of_a_failure(config, error, status, goes_on):
     with expected, recording.recording(new_record(config), config, keeps=False):
         raise error
     assert records.load(config.record_file)["status"] == status
+
+
+@pytest.mark.parametrize(("age_s", "kept"), [(0, "ValueError"), (3600, "RuntimeError")])
+def test_rank_that_fails_for_want_of_another_keeps_what_that_one_recorded(config, age_s, kept):
+    told = new_record(config) | {"status": "error", "error": {"type": "ValueError", "message": "the cause"}}
+
+    def fail():
+        records.save(told, config.record_file)
+        written = time.time() - age_s  # an hour ago: of an earlier run
+        os.utime(config.record_file, (written, written))
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(RuntimeError), recording.recording(new_record(config), config):
+        fail()
+    assert records.load(config.record_file)["error"]["type"] == kept
 
 
 def test_rank_that_keeps_nothing_needs_no_folders_until_it_fails(tmp_path, config):

@@ -142,6 +142,14 @@ def run_out_of_memory(config):
     return ExitStatus.OUT_OF_MEMORY
 
 
+@pytest.fixture(autouse=True)
+def terminal():
+    """As at a terminal whose end is heard, whether or not the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 class Program:
     """A sweep in a process of its own, forked from the tests."""
 
@@ -712,11 +720,8 @@ def test_sweep_under_nohup_outlives_its_terminal(script):
         return finish(config)
 
     script.behave = behave
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert script("batch_size=1,2", "strategy=all")[0] == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert script("batch_size=1,2", "strategy=all")[0] == 0
     assert len(script.by_batch()) == 2
 
 
