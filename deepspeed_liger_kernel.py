@@ -30,6 +30,7 @@ from src.ds_utils import (
     max_over_ranks,
     over_ranks,
     phases_over_ranks,
+    report_of_ranks,
     shut_down,
     sum_over_ranks,
 )
@@ -39,7 +40,7 @@ from src.profiler import trace_step, write_tensorboard
 from src.random_data import micro_batches, set_seed
 from src.recording import add_measurement, add_phases, new_record, recording
 from src.runtime import CudaRuntime, HostRuntime, Runtime, host_peak_bytes
-from src.utils import error_line, is_rank0, keep_out_of_garbage_collection, print_rank0
+from src.utils import is_rank0, keep_out_of_garbage_collection, print_rank0
 
 DEFAULTS = OffloadConfig()
 
@@ -109,10 +110,7 @@ def main(config: OffloadConfig) -> int:
         if on_gpu:
             experiment.finish_updates()
             record |= floor.of_run(experiment.engine.module, config, runtime)
-    print_rank0(records.report(record, config))
-    if record["status"] == "oom" and not is_rank0():
-        ranks.give_way()
-        error_line(f"{ranks.name()}out of GPU memory, see {config.record_file}")
+    report_of_ranks(record, config)
     # The record is safe by now, whatever becomes of the diagnostic steps, in which every rank takes part.
     timeline = None
     if record["status"] == "ok" and on_gpu:

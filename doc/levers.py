@@ -65,6 +65,13 @@ LEVERS = (
         "not kept: costs memory",
     ),
     Lever(
+        '--ds_override {"zero_optimization":{"zenflow":{}}} --dtype bf16',
+        "ZenFlow: the largest gradients are applied on the GPU, the others later",
+        "most of Adam off the critical path",
+        "does not run: with DeepSpeed 0.19.8 the first forward pass ends with an IndexError, tried on the CPU; changes "
+        "what is learned",
+    ),
+    Lever(
         "--preset fast",
         "our Adam: one pass over memory, behind the next forward pass; one crossing of PCIe per gradient, its norm "
         "taken on the GPU without an fp64 copy",
@@ -90,6 +97,7 @@ LEVERS = (
         '--preset fast --ds_override {"zero_optimization":{"memory_efficient_linear":false}}',
         "PyTorch's linear layers in place of DeepSpeed's",
         "0.02 s less: no Python in each",
+        "not kept: slower",
     ),
     Lever(
         '--preset fast --ds_override {"zero_optimization":{"stage3_max_reuse_distance":1000000000,'

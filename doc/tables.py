@@ -23,7 +23,7 @@ from tqdm import tqdm
 import all_gpu_liger_kernel as single_gpu
 from doc.best import best_document
 from doc.levers import LEVERS
-from doc.original import original_document
+from doc.original import NOT_MEASURED, original_document
 from src import records
 from src.allocator import SimulatedOutOfMemory
 from src.config import DTYPES, PRESETS, RunConfig, Strategy, UsageError, config_of
@@ -172,16 +172,14 @@ def _peak_or_oom(record: dict[str, Any] | None) -> str:
 
 
 def levers_table(runs: list[dict[str, Any]]) -> str:
-    """A row for each lever that has a record."""
+    """A row for each lever."""
     found = {(run["run_name"], *thread_variables(run)): run for run in runs}
     rows = []
     for lever in LEVERS:
         run = found.get((lever.run_name, *lever.variables.split()))
-        if run is not None:
-            measured = [milliseconds(run, 0), f"{run['peak_memory_bytes'] / GIB:,.2f}"]
-            flags = " ".join(filter(None, (lever.variables, lever.flags)))
-            flags = f"`{flags}`" if flags else "none"
-            rows.append([lever.what, flags, lever.predicted, *measured, lever.verdict])
+        measured = [milliseconds(run, 0), f"{run['peak_memory_bytes'] / GIB:,.2f}"] if run else [NOT_MEASURED, ""]
+        flags = " ".join(filter(None, (lever.variables, lever.flags)))
+        rows.append([lever.what, f"`{flags}`" if flags else "none", lever.predicted, *measured, lever.verdict])
     header = ["lever", "flags", "predicted", "measured ms a step (median ± IQR/2)", "peak GiB", "verdict"]
     return markdown(header, rows).replace("---:", ":---", 2)
 

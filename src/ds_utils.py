@@ -20,15 +20,15 @@ import torch
 from transformers import LlamaConfig
 from transformers.integrations import HfDeepSpeedConfig
 
+from src import ranks, records
 from src.attribution import Attribution
 from src.config import OffloadConfig, UsageError
 from src.live_memory import tensors_in
 from src.measure import Measurement, PhasePeaks, Step
 from src.model_utils import TORCH_DTYPES, build_model, load_model_config, parameter_counts
 from src.optimizer_utils import build_offload_optimizer, build_scheduler
-from src.ranks import is_first_here, world_size
 from src.snapshot import GATHER, REDUCE
-from src.utils import GIB, local_ranks, print_rank0
+from src.utils import GIB, error_line, is_rank0, local_ranks, print_rank0
 
 
 def zero3_config(config: OffloadConfig, model_config: LlamaConfig) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def init_distributed(device: str) -> torch.device:
     """Join the job that the launcher started, or make one of a single process; returns this rank's device."""
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, str(value))
-    os.environ.setdefault("MASTER_PORT", "29500" if world_size() > 1 else str(free_port()))
+    os.environ.setdefault("MASTER_PORT", "29500" if ranks.world_size() > 1 else str(free_port()))
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -347,7 +347,7 @@ def _announce_compilation(config: OffloadConfig) -> None:
     folder = Path(_get_build_directory(name, verbose=False))
     lock = folder / "lock"
     # Whoever compiles has the lock open. It is not ours to delete: other machines may share the folder.
-    if is_first_here() and lock.exists() and not _is_open(lock) and lock.exists():
+    if ranks.is_first_here() and lock.exists() and not _is_open(lock) and lock.exists():
         told = (
             f"Waiting for {lock} to go: a compilation that was killed has left it, unless another machine compiles "
             "there now. If none does, stop this run, delete the file and start again."
@@ -405,3 +405,11 @@ def sum_over_ranks(value: int) -> int:
 def max_over_ranks(value: int | None) -> int | None:
     """The largest of every rank's `value`, None if a rank has none."""
     return _combined(max, [[v] for v in _gathered(value)])[0]
+
+
+def report_of_ranks(record: dict[str, Any], config: OffloadConfig) -> None:
+    """Print what the run showed; another rank than the first tells only if it alone ran out of memory."""
+    print_rank0(records.report(record, config))
+    if record["status"] == "oom" and not is_rank0():
+        ranks.give_way()
+        error_line(f"{ranks.name()}out of GPU memory, see {config.record_file}")

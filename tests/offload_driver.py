@@ -26,7 +26,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import z3_leaf_module
 
 import deepspeed_liger_kernel as script
-from src import ds_utils, interpreter
+from src import ds_utils, interpreter, ranks
 from src.attribution import Attribution
 from src.cli import parse_config, run
 from src.config import OFFLOAD_OPTIMIZERS, OffloadConfig
@@ -132,7 +132,7 @@ def train(case):
 
     `each` keeps the weights after every step, `late_s` delays updates, `labelled` is a step that is attributed.
     """
-    config = dataclasses.replace(parsed(case["args"]), world_size=ds_utils.world_size())
+    config = dataclasses.replace(parsed(case["args"]), world_size=ranks.world_size())
     experiment = script.build_experiment(config, HostRuntime())
     engine, adam, inputs = experiment.engine, experiment.engine.optimizer.optimizer, []
     engine.module.register_forward_pre_hook(
@@ -220,12 +220,12 @@ def main():
                     results[name] = train(case)
                 else:
                     results[name] = run_main(case)
-                    if case.get("fails") and ds_utils.world_size() > 1:
+                    if case.get("fails") and ranks.world_size() > 1:
                         sys.exit(results[name]["status"])  # as the program does; other ranks wait in vain
                     results[name]["ranks"] = ds_utils._gathered(dict(results[name]))
             except Exception:
                 results[name] = {"error": traceback.format_exc()}
-                if ds_utils.world_size() > 1:
+                if ranks.world_size() > 1:
                     raise
     faulthandler.cancel_dump_traceback_later()
     if is_rank0():
