@@ -127,6 +127,7 @@ def main(config: OffloadConfig) -> int:
 
 
 if __name__ == "__main__":
+    config = parse_config(__doc__, DEFAULTS, cpu_defaults=CPU_DEFAULTS)
     with ranks.watched():
-        status = run(main, parse_config(__doc__, DEFAULTS, cpu_defaults=CPU_DEFAULTS))
+        status = run(main, config)
     sys.exit(status)

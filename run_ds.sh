@@ -12,21 +12,21 @@
 #   HOSTFILE=hosts NODE_RANK=0 MASTER_ADDR=<address of the first> bash run_ds.sh
 set -euo pipefail
 
+NUM_GPUS=${NUM_GPUS:-} # empty: 1, or with a HOSTFILE as many as each machine has slots
+HOSTFILE=${HOSTFILE:-}
+NODE_RANK=${NODE_RANK:-}
+MASTER_ADDR=${MASTER_ADDR:-}
+MASTER_PORT=${MASTER_PORT:-29500}
+
 refuse() { echo "error: $*" >&2; exit 2; }
 is_count() { [[ "$1" =~ ^[1-9][0-9]{0,5}$ ]]; }
 
-HOSTFILE=${HOSTFILE:+$(realpath -m -- "$HOSTFILE")} # as seen from where the script was started
+[ -z "$HOSTFILE" ] || HOSTFILE=$(realpath -m -- "$HOSTFILE") # as seen from where the script was started
 cd "$(dirname "${BASH_SOURCE[0]}")"
-
-NODE_RANK=${NODE_RANK:-}
-MASTER_PORT=${MASTER_PORT:-29500}
 is_count "$MASTER_PORT" || refuse "MASTER_PORT must be a number, got '$MASTER_PORT'"
-if [ -z "$HOSTFILE" ]; then
-    [ -z "$NODE_RANK" ] || refuse "NODE_RANK counts the lines of a HOSTFILE: set that, too"
-    NUM_GPUS=${NUM_GPUS:-1}
-fi
-NUM_GPUS=${NUM_GPUS:-} # with a HOSTFILE: as many as each has slots
 [ -z "$NUM_GPUS" ] || is_count "$NUM_GPUS" || refuse "NUM_GPUS must be a number of GPUs, got '$NUM_GPUS'"
+[ -n "$HOSTFILE" ] || [ -z "$NODE_RANK" ] || refuse "NODE_RANK counts the lines of a HOSTFILE: set that, too"
+[ -n "$HOSTFILE$NUM_GPUS" ] || NUM_GPUS=1
 
 # DeepSpeed would run on this machine alone if the file were missing, and take GPUs that a machine has no slots for.
 launcher=(--master_port "$MASTER_PORT" --no_local_rank --log_level error ${NUM_GPUS:+--num_gpus "$NUM_GPUS"})
@@ -46,7 +46,7 @@ if [ -n "$HOSTFILE" ]; then
     if [ -n "$NODE_RANK" ]; then
         [[ "$NODE_RANK" =~ ^[0-9]{1,5}$ ]] && [ "$NODE_RANK" -lt ${#hosts[@]} ] ||
             refuse "NODE_RANK must be from 0 to $((${#hosts[@]} - 1)) with this HOSTFILE, got '$NODE_RANK'"
-        [ -n "${MASTER_ADDR:-}" ] || refuse "NODE_RANK needs MASTER_ADDR, the address of the first machine"
+        [ -n "$MASTER_ADDR" ] || refuse "NODE_RANK needs MASTER_ADDR, the address of the first machine"
         launcher+=(--no_ssh --node_rank "$NODE_RANK")
     else
         instead="; or start each machine's part yourself, with NODE_RANK and MASTER_ADDR"

@@ -80,11 +80,7 @@ def watched() -> Iterator[None]:
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     os.close(reading)
-    try:
-        yield
-    except SystemExit:  # argparse has said why
-        os.write(writing, b".")
-        raise
+    yield
     os.write(writing, b".")
 
 

@@ -11,6 +11,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 
@@ -119,10 +120,11 @@ class CpuRuntime(HostRuntime):
 
 
 def resolve_device(device: str) -> str:
-    """'cuda' or 'cpu' for the --device given."""
+    """'cuda' or 'cpu' for the --device given. Leaves CUDA alone: a process that has asked it cannot fork any more."""
     if device != "auto":
         return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    with mock.patch.dict(os.environ, PYTORCH_NVML_BASED_CUDA_CHECK="1"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def host_peak_bytes() -> int:

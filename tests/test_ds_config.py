@@ -698,7 +698,8 @@ def launched(tmp_path):
     def launched(*arguments, gpu=True, cwd=tmp_path, **variables):
         programs = tmp_path / "bin"
         programs.mkdir(exist_ok=True)
-        for name, line in (("python", f"exit {int(not gpu)}"), ("deepspeed", "printf '%s\\0' \"$@\"")):
+        told = ("deepspeed", "printf '%s\\0' \"$@\"")
+        for name, line in (("python", f"exit {int(not gpu)}"), ("pdsh", ""), ("ssh", ""), told):
             (programs / name).write_text(f"#!/bin/sh\n{line}\n")
             (programs / name).chmod(0o755)
         environment = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", **variables}
@@ -752,12 +753,14 @@ def test_variable_of_the_shell_script_arrives_in_its_field(launched, parse, name
         assert changed.to_dict() == parse("--device", device).to_dict() | {field: value}
 
 
-def test_launcher_gets_its_variables(launched):
+def test_launcher_gets_its_variables(launched, tmp_path):
+    hosts = tmp_path / "my hosts"
+    hosts.write_text("one slots=8\ntwo slots=8\n")
     before, _ = launched()
     assert before[before.index("--num_gpus") + 1] == "1"
     assert "--hostfile" not in before
     before, _ = launched(NUM_GPUS="8", HOSTFILE="my hosts", MASTER_PORT="12345")
-    for flag, value in (("--num_gpus", "8"), ("--hostfile", "my hosts"), ("--master_port", "12345")):
+    for flag, value in (("--num_gpus", "8"), ("--hostfile", str(hosts)), ("--master_port", "12345")):
         assert before[before.index(flag) + 1] == value
 
 
