@@ -8,6 +8,7 @@ import contextlib
 import importlib.util
 import io
 import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -47,23 +48,32 @@ def to_pptx(source: Path, target: Path, fingerprint: str) -> None:
         _pandoc(source, target, reference, fingerprint, "--slide-level=1")
 
 
+# As sharp as the pictures are, and links to the other documents that hold wherever the folder lies.
+_PDF_OPTIONS = {
+    "Quality": {"type": "long", "value": "90"},
+    "ReduceImageResolution": {"type": "boolean", "value": "false"},
+    "ExportLinksRelativeFsys": {"type": "boolean", "value": "true"},
+}
+
+
 def to_pdf(source: Path, target: Path) -> None:
     """Let LibreOffice print a document. It keeps its settings to itself."""
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home, "out")
+        folder.mkdir()
+        copied = shutil.copy(source, folder)  # links become relative to the PDF, which it writes there
         filter_name = "impress_pdf_Export" if source.suffix == ".pptx" else "writer_pdf_Export"
-        options = '{"Quality":{"type":"long","value":"90"},"ReduceImageResolution":{"type":"boolean","value":"false"}}'
         _call(
             "soffice",
             f"-env:UserInstallation={Path(home, 'profile').as_uri()}",
             "--headless",
             "--convert-to",
-            f"pdf:{filter_name}:{options}",
+            f"pdf:{filter_name}:{json.dumps(_PDF_OPTIONS, separators=(',', ':'))}",
             "--outdir",
             str(folder),
-            str(source),
+            copied,
         )
-        shutil.copyfile(folder / source.with_suffix(".pdf").name, target)
+        shutil.copyfile(Path(copied).with_suffix(".pdf"), target)
 
 
 def with_column_widths(text: str) -> str:

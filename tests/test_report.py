@@ -181,3 +181,11 @@ def test_check_fails_in_one_line_when_a_source_has_changed(tmp_path):
 
 def test_holds_returns_its_text_on_one_line():
     assert holds(True, lambda: "two\n  lines") == "two lines"
+
+
+@pytest.mark.parametrize("name", ["group_10_midterm.pdf", "group_10_liger_kernel.pdf"])
+def test_links_of_the_pdfs_hold_on_any_machine(name):
+    links = re.findall(rb"/URI\(([^)]*)\)", (build.DOC / name).read_bytes())
+    assert links or "liger_kernel" in name
+    for link in map(bytes.decode, links):
+        assert link.startswith("https://") or (build.DOC / link).is_file(), link
