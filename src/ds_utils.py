@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -340,21 +341,36 @@ def _overlapped_zero3() -> Any:
     return mock.patch.object(stage3, "DeepSpeedZeroOptimizer_Stage3", OverlappedZero3)
 
 
+_LONGEST_COMPILATION_S = 1800  # it takes a few minutes
+
+
 def _announce_compilation(config: OffloadConfig) -> None:
+    """Say what takes long. Raises `UsageError` if a compilation that was killed would be waited for for ever."""
     from torch.utils.cpp_extension import _get_build_directory
 
     name = {"deepspeed_cpu_adam": "cpu_adam", "overlapped_cpu_adam": "overlapped_adam"}[config.optimizer]
     folder = Path(_get_build_directory(name, verbose=False))
-    lock = folder / "lock"
-    # Whoever compiles has the lock open. It is not ours to delete: other machines may share the folder.
-    if ranks.is_first_here() and lock.exists() and not _is_open(lock) and lock.exists():
+    _check_lock(folder / "lock")
+    if not (folder / f"{name}.so").exists():
+        print_rank0(f"Compiling {config.optimizer} for this machine: once, up to a few minutes.")
+
+
+def _check_lock(lock: Path) -> None:
+    """Whoever compiles has the lock open. It is not ours to delete: other machines may share the folder."""
+    try:
+        age_s = time.time() - lock.stat().st_mtime
+    except FileNotFoundError:
+        return
+    if _is_open(lock) or not lock.exists():
+        return
+    if age_s > _LONGEST_COMPILATION_S:
+        raise UsageError(f"{lock} was left by a compilation that was killed: delete it, and start again")
+    if ranks.is_first_here():
         told = (
             f"Waiting for {lock} to go: a compilation that was killed has left it, unless another machine compiles "
             "there now. If none does, stop this run, delete the file and start again."
         )
         print(told, file=sys.stderr, flush=True)
-    if not (folder / f"{name}.so").exists():
-        print_rank0(f"Compiling {config.optimizer} for this machine: once, up to a few minutes.")
 
 
 def _is_open(path: Path) -> bool:

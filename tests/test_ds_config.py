@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -800,13 +801,25 @@ def test_lock_that_nobody_holds_is_told_of_in_one_line(lock, capsys, monkeypatch
         assert announced(capsys).err.count("\n") == lines
 
 
+def test_lock_that_is_older_than_any_compilation_is_a_usage_error(lock, capsys):
+    lock.touch()
+    os.utime(lock, (time.time() - 3600,) * 2)
+    with pytest.raises(UsageError, match="delete it"):
+        announced(capsys)
+    assert lock.exists()
+    assert not announced(capsys, **FAST).err
+
+
 def test_lock_of_a_compilation_that_runs_is_not_told_of(lock, capsys):
     holds = "import sys; from torch.utils.file_baton import FileBaton; print(FileBaton(sys.argv[1]).try_acquire());"
     command = [sys.executable, "-uc", holds + "sys.stdin.read()", str(lock)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as compiling:
         assert compiling.stdout.readline() == "True\n"
         assert not announced(capsys).err
+        os.utime(lock, (0, 0))  # however long it takes
+        assert not announced(capsys).err
         compiling.kill()
+    lock.touch()
     assert announced(capsys).err
 
 
