@@ -15,12 +15,12 @@ from src.config import PRESETS, STRATEGIES, OffloadConfig, RunConfig, Strategy, 
 from src.figures import all_figures, setting_words
 from src.model_utils import load_model_config, parameter_counts
 from src.snapshot import Timeline, read
+from src.study import Record
 from src.utils import GIB, MIB
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "doc" / "data"
 NO_KERNELS, NO_FLCE, ALL_KERNELS = STRATEGIES.values()
-Record = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

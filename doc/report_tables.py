@@ -4,16 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from doc.levers import LEVERS
+from doc.original import NOT_MEASURED
 from doc.tables import milliseconds
 from src.config import STRATEGIES, config_of
 from src.figures import absence
-from src.study import Cell
+from src.study import Cell, Record
 from src.tables import markdown
 from src.utils import GIB, MIB
-
-Record = dict[str, Any]
-
-NOT_MEASURED = "not measured"
 
 
 def _cell(record: Record | None, key: str, unit: float, form: str) -> str:
