@@ -90,10 +90,11 @@ def _watch(rank: int, reading: int, launcher: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the rank hears it too
     while True:
         told = signal.sigtimedwait(_WATCHED, 1)
+        terminated = told is not None and told.si_signo == signal.SIGTERM
         ended, status = os.waitpid(rank, os.WNOHANG)
         if ended:
             break
-        if told and told.si_signo == signal.SIGTERM:
+        if terminated:
             if told.si_pid != launcher:
                 error_line(f"{name()}{ending_of(-signal.SIGTERM)}")
             return ExitStatus.FAILED
@@ -104,8 +105,9 @@ def _watch(rank: int, reading: int, launcher: int) -> int:
     ending = os.waitstatus_to_exitcode(status)
     if ending >= 0 and os.read(reading, 1):
         return ending
-    # A launcher that ends a job terminates the rank first and then this process.
-    if ending != -signal.SIGTERM or signal.sigtimedwait({signal.SIGTERM}, _NEXT_S) is None:
+    # A launcher that ends a job terminates the rank first and then this process, which may hear of both at once.
+    by_launcher = ending == -signal.SIGTERM and (terminated or signal.sigtimedwait({signal.SIGTERM}, _NEXT_S))
+    if not by_launcher:
         error_line(f"{name()}{ending_of(ending)}")
     return ExitStatus.FAILED
 

@@ -114,6 +114,13 @@ def test_rank_that_its_launcher_ends_is_silent(start):
     watcher.terminate()
     assert ended(watcher) == (1, "")
     wait_until(lambda: not is_alive(rank))
+    watcher, rank = start(SLEEP, next_s=0, waits=True)
+    watcher.send_signal(signal.SIGSTOP)  # it hears of both at once
+    os.kill(rank, signal.SIGTERM)
+    wait_until(lambda: not is_alive(rank))
+    watcher.terminate()
+    watcher.send_signal(signal.SIGCONT)
+    assert ended(watcher) == (1, "")
 
 
 def test_watcher_ended_by_somebody_else_tells_and_takes_its_rank_along(start):
