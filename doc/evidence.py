@@ -16,7 +16,7 @@ from src.figures import all_figures, setting_words
 from src.model_utils import load_model_config, parameter_counts
 from src.snapshot import Timeline, read
 from src.study import Record
-from src.utils import GIB, MIB
+from src.utils import GIB, MIB, next_power_of_two
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "doc" / "data"
@@ -159,7 +159,7 @@ class Shape:
 
         As liger_kernel.ops.fused_linear_cross_entropy computes it in the midst of its forward pass; a test compares.
         """
-        return min(_next_power_of_2(_ceil(tokens, self.factor(budget))), tokens)
+        return min(next_power_of_two(_ceil(tokens, self.factor(budget))), tokens)
 
     def chunks(self, tokens: int, budget: int = 1) -> int:
         """The number of those chunks."""
@@ -173,10 +173,6 @@ class Shape:
 
 def _ceil(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
-
-
-def _next_power_of_2(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True)

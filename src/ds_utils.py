@@ -29,7 +29,7 @@ from src.measure import Measurement, PhasePeaks, Step
 from src.model_utils import TORCH_DTYPES, build_model, load_model_config, parameter_counts
 from src.optimizer_utils import build_offload_optimizer, build_scheduler
 from src.snapshot import GATHER, REDUCE
-from src.utils import GIB, error_line, is_rank0, local_ranks, print_rank0
+from src.utils import GIB, error_line, is_rank0, local_ranks, next_power_of_two, print_rank0
 
 
 def zero3_config(config: OffloadConfig, model_config: LlamaConfig) -> dict[str, Any]:
@@ -117,15 +117,11 @@ def host_bytes_needed(config: OffloadConfig, model_config: LlamaConfig) -> int:
     shares_weights = config.optimizer == "overlapped_cpu_adam" and state_width == width
     states = (2 if shares_weights else 3) * state_width * count  # moments and master weights
     # Pinned memory is taken in powers of two, and PyTorch keeps what the model was built in for later use.
-    pinned = 2 * _power_of_two(width * count) + width * count
+    pinned = 2 * next_power_of_two(width * count) + width * count
     if config.optimizer == "deepspeed_cpu_adam":  # copies the gradients into the master weights' dtype
-        pinned += _power_of_two(state_width * rest) + state_width * layers
+        pinned += next_power_of_two(state_width * rest) + state_width * layers
     process = _CPU_PROCESS_BYTES if config.device == "cpu" else _PROCESS_BYTES
     return states + pinned + process * config.world_size
-
-
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
 
 
 def check_host_memory(config: OffloadConfig, model_config: LlamaConfig) -> None:

@@ -46,6 +46,11 @@ def keep_out_of_garbage_collection() -> None:
     atexit.register(gc.unfreeze)  # the interpreter frees them when it ends
 
 
+def next_power_of_two(number: int) -> int:
+    """The smallest power of two that is no less than `number`."""
+    return 1 << (number - 1).bit_length()
+
+
 def median_and_iqr(values: Sequence[float]) -> tuple[float, float | None]:
     """Median and interquartile range (linear interpolation); the range of fewer than two values is None."""
     if len(values) < 2:
