@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from doc import original
 from src import records, study
 from src.config import PRESETS, STRATEGIES, OffloadConfig, RunConfig, Strategy, UsageError
 from src.figures import all_figures, setting_words
@@ -100,9 +101,9 @@ class Study:
 
     def frontier(self, strategy: Strategy) -> tuple[int, int] | None:
         """The largest batch at 1024 tokens that ran, and the smallest that ran out of memory; None if none did."""
-        line = {c.batch_size: r for c, r in self.cells.items() if (c.strategy, c.seq_length) == (strategy.title, 1024)}
-        fit, oom = ([size for size, r in line.items() if r["status"] == status] for status in ("ok", "oom"))
-        return (max(fit), min(oom)) if fit and oom else None
+        by_batch, _ = original.LINES
+        fits, too_large = original.frontier(original.Column(self.title, self.cells), strategy.title, by_batch)
+        return (max(fits), min(too_large)) if fits and too_large else None
 
     @property
     def missing(self) -> int:
