@@ -96,8 +96,10 @@ def main(config: RunConfig) -> int:
     print_rank0(records.report(record, config))
     # The record is safe by now, whatever becomes of the diagnostic steps.
     if record["status"] == "ok":
-        timeline = record_breakdown(experiment, record, config)
-        print_rank0("\n" + records.breakdown(record))
+        timeline = None
+        if config.breakdown:
+            timeline = record_breakdown(experiment, record, config)
+            print_rank0("\n" + records.breakdown(record))
         if config.log_dir:
             write_tensorboard(config.log_folder, record, measurement, timeline)
             trace_step(experiment.step, config.trace_file)

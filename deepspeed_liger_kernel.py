@@ -15,7 +15,10 @@ step's forward pass, so it counts in the next step's time; every timed step has 
 """
 
 import dataclasses
+import functools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,6 +27,7 @@ from src.attribution import record_breakdown
 from src.cli import parse_config, run
 from src.config import OffloadConfig, UsageError
 from src.ds_utils import (
+    KeptEngine,
     OffloadExperiment,
     build_engine,
     init_distributed,
@@ -43,6 +47,7 @@ from src.runtime import CudaRuntime, HostRuntime, Runtime, host_peak_bytes
 from src.utils import is_rank0, keep_out_of_garbage_collection, print_rank0
 
 DEFAULTS = OffloadConfig()
+Build = Callable[[OffloadConfig, torch.device], Any]  # makes DeepSpeed's engine
 
 # With stacks of releases too, a step under DeepSpeed failed on PyTorch 2.11: "returned NULL without an exception".
 CONTEXT = "alloc"
@@ -59,10 +64,10 @@ CPU_DEFAULTS = {
 }
 
 
-def build_experiment(config: OffloadConfig, runtime: Runtime) -> OffloadExperiment:
+def build_experiment(config: OffloadConfig, runtime: Runtime, build: Build = build_engine) -> OffloadExperiment:
     """DeepSpeed's engine, fixed micro-batches, and the step that trains on them."""
     set_seed(config.seed)
-    engine = build_engine(config, runtime.device)
+    engine = build(config, runtime.device)
     batches = micro_batches(engine.module.config.vocab_size, config, runtime.device)
 
     def step(mark: Mark = no_mark) -> torch.Tensor:
@@ -81,8 +86,8 @@ def build_experiment(config: OffloadConfig, runtime: Runtime) -> OffloadExperime
     return OffloadExperiment(engine, step)
 
 
-def main(config: OffloadConfig) -> int:
-    """Run the experiment `config` describes; returns the exit status."""
+def main(config: OffloadConfig, build: Build = build_engine) -> int:
+    """Run the experiment `config` describes, with the engine that `build` makes or keeps; returns the exit status."""
     config = dataclasses.replace(config, world_size=ranks.world_size())
     on_gpu = config.device == "cuda"
     if not on_gpu and (config.dtype == "fp16" or config.memory_limit_gib is not None):
@@ -95,35 +100,45 @@ def main(config: OffloadConfig) -> int:
     record = new_record("measured" if on_gpu else "interpreted", config, device)
     with recording(record, config, keeps=is_rank0()):
         runtime.reset_peak()
-        experiment = build_experiment(config, runtime)
-        keep_out_of_garbage_collection()
+        experiment = build_experiment(config, runtime, build)
+        steps_before, skipped_before = experiment.steps_done
+        is_new = not steps_before
+        if is_new:
+            keep_out_of_garbage_collection()
         record |= {
             "implementations": implementations(experiment.engine.module),
             "model_flops_per_step": flops_per_step(experiment.engine.module, config),
-            "load_peak_bytes": max_over_ranks(runtime.peak_bytes()[0]),
+            "load_peak_bytes": max_over_ranks(runtime.peak_bytes()[0] if is_new else None),
+            "steps_before": steps_before,
         }
         measurement = over_ranks(measure(experiment.step, runtime, warmup=config.warmup, iterations=config.iterations))
         add_measurement(record, measurement)
         phases = measure_phases(experiment.step, runtime, lambda: None)
         add_phases(record, phases_over_ranks(phases, experiment.grad_norm()))
-        record["host_peak_bytes"] = sum_over_ranks(host_peak_bytes())
+        record["host_peak_bytes"] = sum_over_ranks(host_peak_bytes()) if is_new else None  # the process's
+        record["skipped_steps"] = experiment.steps_done[1] - skipped_before
         if on_gpu:
             experiment.finish_updates()
             record |= floor.of_run(experiment.engine.module, config, runtime)
     report_of_ranks(record, config)
     # The record is safe by now, whatever becomes of the diagnostic steps, in which every rank takes part.
     timeline = None
-    if record["status"] == "ok" and on_gpu:
+    if record["status"] == "ok" and on_gpu and config.breakdown:
         timeline = record_breakdown(experiment, record, config, context=CONTEXT, keeps=is_rank0())
         print_rank0("\n" + records.breakdown(record))
     if record["status"] == "ok" and config.log_dir:
         if is_rank0():
             write_tensorboard(config.log_folder, record, measurement, timeline)
         trace_step(experiment.step, config.trace_file, keeps=is_rank0())
-    if record["status"] == "ok":
+    if record["status"] == "ok" and build is build_engine:
         shut_down(experiment)
     print_rank0("\n" + records.files_written(config))
     return records.exit_status(record)
+
+
+def main_of_sweep() -> Callable[[OffloadConfig], int]:
+    """`main` for several runs in one process, which differ in their sizes alone: they share an engine."""
+    return functools.partial(main, build=KeptEngine())
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ class RunConfig:
     find_max: str | None = _option(None, "search the largest that fits", tag="max", choices=SEARCHED)
     pretrained: bool = _option(False, "load the real weights, not random ones", tag="pretrained", action="store_true")
     seed: int = _option(42, "of weights and tokens", tag="seed")
+    breakdown: bool = _option(True, "record one more step: the memory snapshot, and what the peak is made of")
     result_dir: str = _option("results", "where the record goes")
     snapshot_dir: str = _option("snap_shots", "where the memory snapshot goes; '' writes none")
     log_dir: str = _option("logs", "where TensorBoard logs and the trace go; '' writes none")
@@ -181,7 +182,7 @@ class RunConfig:
 
     def unusual(self, *left_out: str) -> list[str]:
         """Name and value of each setting that differs from the usual, but for those `left_out` and folders."""
-        hidden = {*left_out, "strategy", "device", "result_dir", "snapshot_dir", "log_dir", "debug"}
+        hidden = {*left_out, "strategy", "device", "breakdown", "result_dir", "snapshot_dir", "log_dir", "debug"}
         fields = [f for f in dataclasses.fields(self) if f.name not in hidden]
         differing = [f.name for f in fields if getattr(self, f.name) != self._usual(f)]
         return [f"{name} {getattr(self, name)}" for name in differing]

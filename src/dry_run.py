@@ -58,6 +58,10 @@ class FakeRuntime:
         """No driver, no view of it."""
         return None
 
+    def allocation_retries(self) -> int | None:
+        """Simulated, but not counted."""
+        return None
+
 
 @dataclass(frozen=True)
 class Prediction:

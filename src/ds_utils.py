@@ -162,6 +162,11 @@ class OffloadExperiment:
         """The model inside the engine."""
         return self.engine.module
 
+    @property
+    def steps_done(self) -> tuple[int, int]:
+        """Optimizer steps of the engine so far, and those of them that changed no weight: gradients had overflowed."""
+        return self.engine.global_steps, self.engine.skipped_steps
+
     def resident(self) -> dict[str, list[torch.Tensor]]:
         """What stays on the GPU between steps, by what it is for."""
         optimizer = self.engine.optimizer
@@ -320,6 +325,24 @@ def build_engine(config: OffloadConfig, device: torch.device) -> Any:
     return engine
 
 
+class KeptEngine:
+    """Builds an engine for the first of several runs and gives it to those after it, which differ in their sizes alone.
+
+    Building takes longer than most runs of a sweep. The weights go on from where the run before has left them.
+    """
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+
+    def __call__(self, config: OffloadConfig, device: torch.device) -> Any:
+        """The engine for `config`. Raises what `build_engine` raises."""
+        if self._engine is None:
+            self._engine = build_engine(config, device)
+        load_model_config(config)  # a length that the model cannot take is refused here, too
+        self._engine.set_train_micro_batch_size(config.batch_size)
+        return self._engine
+
+
 def _check_accepted(settings: dict[str, Any]) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
@@ -392,13 +415,14 @@ def _combined(combine: Callable[[list[Any]], Any], columns: list[list[Any]]) -> 
 def over_ranks(measurement: Measurement) -> Measurement:
     """What the slowest and fullest ranks showed; losses are averaged."""
     all_ranks = _gathered(measurement)
-    used = [m.device_used_bytes for m in all_ranks]
+    used, retries = zip(*((m.device_used_bytes, m.allocation_retries) for m in all_ranks))
     return Measurement(
         step_seconds=_combined(max, [m.step_seconds for m in all_ranks]),
         losses=_combined(lambda losses: sum(losses) / len(losses), [m.losses for m in all_ranks]),
         peak_allocated_bytes=_combined(max, [m.peak_allocated_bytes for m in all_ranks]),
         peak_reserved_bytes=_combined(max, [m.peak_reserved_bytes for m in all_ranks]),
         device_used_bytes=None if None in used else max(used),
+        allocation_retries=None if None in retries else max(retries),
     )
 
 

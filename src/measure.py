@@ -33,6 +33,7 @@ class Measurement:
     peak_allocated_bytes: list[int | None]
     peak_reserved_bytes: list[int | None]
     device_used_bytes: int | None
+    allocation_retries: int | None = None  # of the whole run so far
 
     @property
     def peak_memory_bytes(self) -> int | None:
@@ -66,7 +67,8 @@ def measure(step: Step, runtime: Runtime, *, warmup: int, iterations: int, descr
             reserved.append(peak[1])
             losses.append(loss.item())
             progress.update()
-    return Measurement(seconds, losses, allocated, reserved, runtime.device_used_bytes())
+    used, retries = runtime.device_used_bytes(), runtime.allocation_retries()
+    return Measurement(seconds, losses, allocated, reserved, used, retries)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def add_measurement(record: dict[str, Any], measurement: Measurement) -> None:
         "peak_memory_bytes": measurement.peak_memory_bytes,
         "peak_reserved_bytes": measurement.reserved_bytes,
         "device_used_bytes": measurement.device_used_bytes,
+        "allocation_retries": measurement.allocation_retries,
         "host_peak_bytes": runtime.host_peak_bytes(),
         "losses": measurement.losses,
         "loss": measurement.losses[-1],

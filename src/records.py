@@ -31,8 +31,11 @@ EMPTY: dict[str, Any] = {
     "config": None,
     "simulated_gpu": None,  # of a prediction: the GPU that was simulated
     "implementations": None,  # which function or class implements each kernel's part of the model
+    "steps_before": None,  # optimizer steps the weights had had: more than 0 where a sweep goes on with an engine
+    "skipped_steps": None,  # of the run's steps, those whose fp16 gradients overflowed, so that no weight changed
     "peak_memory_bytes": None,
     "peak_reserved_bytes": None,
+    "allocation_retries": None,  # times the GPU or its limit was full and the allocator gave its cache back
     "device_used_bytes": None,
     "host_peak_bytes": None,
     "load_peak_bytes": None,  # peak while building the model, before the first step

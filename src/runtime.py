@@ -31,6 +31,7 @@ class Runtime(Protocol):
     def reset_peak(self) -> None: ...
     def peak_bytes(self) -> tuple[int | None, int | None]: ...
     def device_used_bytes(self) -> int | None: ...
+    def allocation_retries(self) -> int | None: ...
 
 
 class CudaRuntime:
@@ -44,6 +45,7 @@ class CudaRuntime:
             raise UsageError(f"{torch.cuda.get_device_name()} has no bf16: use --dtype fp16 or fp32")
         if config.memory_limit_gib is not None:
             self._limit(int(config.memory_limit_gib * GIB))
+        self._retries_before = self._retries()
 
     def _limit(self, limit_bytes: int) -> None:
         total = torch.cuda.get_device_properties(self.device).total_memory
@@ -75,6 +77,13 @@ class CudaRuntime:
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
 
+    def allocation_retries(self) -> int:
+        """How often, in this object's life, the allocator found no room before it gave its cache back to the driver."""
+        return self._retries() - self._retries_before
+
+    def _retries(self) -> int:
+        return torch.cuda.memory_stats(self.device).get("num_alloc_retries", 0)
+
 
 class HostRuntime:
     """The CPU in place of a GPU under offloading: everything is host memory there, so no peak stands for a GPU's."""
@@ -98,6 +107,9 @@ class HostRuntime:
         return None, None
 
     def device_used_bytes(self) -> int | None:
+        return None
+
+    def allocation_retries(self) -> int | None:
         return None
 
 

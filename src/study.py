@@ -28,7 +28,7 @@ GRID = tuple(Cell(name, *size) for size in _SIZES for name in STRATEGIES)
 
 _COMPARED = ("strategy", "batch_size", "seq_length")
 _CHANGES_NO_STEP = (
-    *("device", "result_dir", "snapshot_dir", "log_dir", "debug", "dry_run"),
+    *("device", "result_dir", "snapshot_dir", "log_dir", "debug", "dry_run", "breakdown"),
     *("iterations", "warmup", "step_per_print"),
 )
 NOT_A_SETTING = (*_COMPARED, *_CHANGES_NO_STEP)

@@ -23,10 +23,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -85,7 +87,10 @@ def strategy_of(word: str) -> Strategy:
 
 
 def cells_of(axes: Sequence[dict[str, list[str]]], script: str, flags: Sequence[str], num_gpus: int = 1) -> list[Cell]:
-    """Every cell of the grid once: strategy by strategy, the smallest first, so that the largest can be inferred."""
+    """Every cell of the grid once: strategy by strategy, the smallest first, so that the largest can be inferred.
+
+    Those that differ in their sizes alone stand together.
+    """
     found: dict[str, Cell] = {}
     for part in axes:
         names = [name for name in part if name != "strategy"]
@@ -94,8 +99,13 @@ def cells_of(axes: Sequence[dict[str, list[str]]], script: str, flags: Sequence[
                 sizes = [f"--{name}={value}" for name, value in zip(names, values)]
                 cell = _cell(script, [*_kernel_flags(strategy_of(word)), *sizes, *flags], num_gpus)
                 found.setdefault(cell.config.run_name, cell)
-    order = {strategy: i for i, strategy in enumerate(dict.fromkeys(c.config.strategy for c in found.values()))}
-    return sorted(found.values(), key=lambda cell: (order[cell.config.strategy], cell.config.tokens_per_step))
+    order = {settings: i for i, settings in enumerate(dict.fromkeys(but_for_sizes(c.config) for c in found.values()))}
+    return sorted(found.values(), key=lambda cell: (order[but_for_sizes(cell.config)], cell.config.tokens_per_step))
+
+
+def but_for_sizes(config: RunConfig) -> RunConfig:
+    """`config` with its sizes replaced: the same for runs that differ in nothing else."""
+    return dataclasses.replace(config, batch_size=1, seq_length=2)
 
 
 def _kernel_flags(strategy: Strategy) -> list[str]:
@@ -113,11 +123,10 @@ def _cell(script: str, arguments: list[str], num_gpus: int) -> Cell:
 
 
 class Sweep:
-    """Runs cells one after the other, each in a process forked from this one, which has imported everything.
+    """Runs cells one after the other in processes forked from this one, which has imported everything.
 
-    A process of its own because Liger's patches cannot be undone and a GPU that ran out of memory starts clean; forked
-    because importing takes longer than most cells. This process must never initialise CUDA. On several GPUs a cell is
-    as many processes; the first that fails ends the others.
+    In other processes because Liger's patches cannot be undone and a GPU that ran out of memory starts clean; forked
+    because importing takes longer than most cells. This process must never initialise CUDA.
     """
 
     def __init__(self, cells: Sequence[Cell], *, timeout_s: float, every_cell: bool) -> None:
@@ -125,6 +134,7 @@ class Sweep:
         self._timeout_s = timeout_s
         self._every_cell = every_cell
         self._environment: dict[str, Any] | None = None
+        self._job: _Job | None = None
 
     def run(self) -> int:
         """Run what has no record yet; returns the exit status."""
@@ -134,7 +144,7 @@ class Sweep:
         if done:
             print(f"{len(done)} of {len(self._cells)} cells have a record already: not run again")
         failed = 0
-        with tqdm(total=len(waiting), unit="cell", disable=None) as progress:
+        with tqdm(total=len(waiting), unit="cell", disable=None) as progress, contextlib.closing(self):
             for cell in waiting:
                 progress.set_description(cell.label)
                 reason = None if self._every_cell else self._too_large(cell.config, done)
@@ -147,6 +157,12 @@ class Sweep:
         if failed:
             error_line(f"{failed} cells failed; their records say why, and the next sweep tries them again")
         return ExitStatus.FAILED if failed else ExitStatus.DONE
+
+    def close(self) -> None:
+        """End the processes in which cells run."""
+        if self._job is not None:
+            self._job.end()
+            self._job = None
 
     def _check_machine(self, done: dict[str, dict[str, Any]]) -> None:
         gpus = {record["environment"]["gpu"] for record in done.values() if record["mode"] == "measured"}
@@ -189,7 +205,7 @@ class Sweep:
         started = time.time()
         log = cell.config.record_file.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        rank, ending = self._run_ranks(cell, log)
+        rank, ending = self._run(cell, log)
         mode = "predicted" if cell.config.dry_run else {"cuda": "measured", "cpu": "interpreted"}[cell.config.device]
         record = _record_since(started, cell.config)
         # A rank that is killed leaves others that fail for want of it.
@@ -201,23 +217,16 @@ class Sweep:
             log.unlink(missing_ok=True)
         return record
 
-    def _run_ranks(self, cell: Cell, log: Path) -> tuple[str, int | None]:
+    def _run(self, cell: Cell, log: Path) -> tuple[str, int | None]:
         """Which of several ranks ended the cell, and its exit status: negative for a signal, None for too long."""
-        sys.stdout.flush()
-        sys.stderr.flush()
         log.unlink(missing_ok=True)
-        environments = _ranks_of(cell.config)
-        children: dict[int, str] = {}
-        try:
-            for environment in environments:
-                child = os.fork()
-                if child == 0:
-                    _become(cell, log, environment)
-                children[child] = f"rank {environment['RANK']}: " if environment else ""
-            return _wait(children, self._timeout_s)
-        finally:
-            for child in children:
-                _end_group(child)
+        if self._job is None or not self._job.takes(cell):
+            self.close()
+            self._job = _Job(cell)
+        rank, ending = self._job.run(cell, log, self._timeout_s)
+        if ending != ExitStatus.DONE or not self._job.is_kept:
+            self.close()
+        return rank, ending
 
     def _facts(self) -> dict[str, Any]:
         """The environment as a cell would record it, read in a child: it initialises CUDA."""
@@ -238,40 +247,114 @@ def _ranks_of(config: RunConfig) -> list[dict[str, str]]:
     return [job | dict.fromkeys(names[1], str(rank)) for rank in range(count)]
 
 
-def _become(cell: Cell, log: Path, environment: dict[str, str]) -> None:
-    """In the child: be the script, with what it prints going to `log`. Does not return."""
-    status = ExitStatus.FAILED
+@dataclass(frozen=True)
+class _Worker:
+    """A process in which cells run."""
+
+    pid: int
+    connection: Connection  # takes cells, gives their exit statuses
+    name: str  # which rank it is, to begin a message with; nothing if it is the only one
+
+    def give(self, cell: Cell, log: Path) -> None:
+        """Let it run `cell`; it may have died."""
+        with contextlib.suppress(OSError):
+            self.connection.send((cell, log))
+
+    def ending(self) -> int | None:
+        """Exit status of its cell, or how the process died; None while neither has happened."""
+        if self.connection.poll():
+            with contextlib.suppress(EOFError, OSError):
+                return self.connection.recv()
+        ended, status = os.waitpid(self.pid, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if ended else None
+
+
+class _Job:
+    """The processes, one a GPU, in which a cell runs, and those after it where the script can share what it built."""
+
+    def __init__(self, cell: Cell) -> None:
+        self.is_kept = hasattr(_module(cell), "main_of_sweep")
+        self._settings = but_for_sizes(cell.config)
+        self._workers: list[_Worker] = []
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for environment in _ranks_of(cell.config):
+            ours, theirs = Pipe()
+            pid = _fork()
+            if pid == 0:
+                ours.close()
+                _serve(cell, theirs, environment)
+            theirs.close()
+            self._workers.append(_Worker(pid, ours, f"rank {environment['RANK']}: " if environment else ""))
+
+    def takes(self, cell: Cell) -> bool:
+        """Whether `cell` can run in these processes."""
+        return self.is_kept and but_for_sizes(cell.config) == self._settings
+
+    def run(self, cell: Cell, log: Path, timeout_s: float) -> tuple[str, int | None]:
+        """Name and exit status of the first rank that fails, or of the last; no name and None if it takes too long."""
+        for worker in self._workers:
+            worker.give(cell, log)
+        waiting, deadline = list(self._workers), time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            for worker in list(waiting):
+                ending = worker.ending()
+                if ending is not None:
+                    waiting.remove(worker)
+                    if ending or not waiting:
+                        return worker.name, ending
+            time.sleep(0.02)
+        return "", None
+
+    def end(self) -> None:
+        """End the processes, and what they started."""
+        for worker in self._workers:
+            _end_group(worker.pid)
+            worker.connection.close()
+
+
+def _fork() -> int:
+    """`os.fork`, at whose end an interruption is heard: raised in one of the hooks that run in it, it would be lost."""
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_INTERRUPTIONS})
+    try:
+        return os.fork()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+
+
+def _module(cell: Cell) -> Any:
+    return importlib.import_module(SCRIPTS[cell.config.script])
+
+
+def _serve(first: Cell, connection: Connection, environment: dict[str, str]) -> NoReturn:
+    """In a worker: be the script, for one cell after the other."""
     try:
         os.setsid()  # so that whatever it starts can be ended with it
         die_with_parent()
         for number in _INTERRUPTIONS:
             signal.signal(number, signal.SIG_DFL)
         os.environ |= environment
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        name = SCRIPTS[cell.config.script]
-        sys.argv = [f"{name}.py", *cell.arguments]
-        status = run(importlib.import_module(name).main, cell.config)
-        sys.stdout.flush()
+        module = _module(first)
+        main = module.main_of_sweep() if hasattr(module, "main_of_sweep") else module.main
+        while True:
+            connection.send(_run_cell(main, *connection.recv()))
+    except (EOFError, BrokenPipeError):
+        pass  # the sweep has ended
     except BaseException as error:
         error_line(f"{type(error).__name__}: {error}")
     finally:
-        os._exit(status)  # what the parent registered for its own end is not the child's
+        os._exit(ExitStatus.FAILED)  # what the parent registered for its own end is not the child's
 
 
-def _wait(children: Mapping[int, str], timeout_s: float) -> tuple[str, int | None]:
-    """Name and exit status of the first child that fails, or of the last; no name and None if it takes too long."""
-    waiting, deadline = dict(children), time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        for child, name in list(waiting.items()):
-            ended, status = os.waitpid(child, os.WNOHANG)
-            if ended:
-                del waiting[child]
-                if status or not waiting:
-                    return name, os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    return "", None
+def _run_cell(main: Callable[[RunConfig], int], cell: Cell, log: Path) -> int:
+    """Exit status of `main` for a cell, with what it prints going to `log`."""
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [f"{SCRIPTS[cell.config.script]}.py", *cell.arguments]
+    status = int(run(main, cell.config))
+    sys.stdout.flush()
+    return status
 
 
 def _end_group(child: int) -> None:
@@ -312,7 +395,7 @@ def _what_happened(ending: int | None, log: Path) -> tuple[str, str]:
 def _facts_of(config: RunConfig) -> dict[str, Any]:
     """`runtime.environment` of the device of `config`, from a child process."""
     reading, writing = os.pipe()
-    child = os.fork()
+    child = _fork()
     if child == 0:
         try:
             import torch

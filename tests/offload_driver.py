@@ -180,8 +180,8 @@ def run_main(case):
     """What main() prints and returns, on each rank. `fails` breaks its second step, `free_gib` is the host's memory."""
     built = {"steps": 0}
 
-    def build(config, runtime):
-        experiment = build_experiment(config, runtime)
+    def build(config, runtime, *engine):
+        experiment = build_experiment(config, runtime, *engine)
         return ds_utils.OffloadExperiment(experiment.engine, failing(experiment.step, case.get("fails"), built))
 
     build_experiment = script.build_experiment

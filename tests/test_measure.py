@@ -57,6 +57,9 @@ class LoggingRuntime:
     def device_used_bytes(self):
         return 12345
 
+    def allocation_retries(self):
+        return 3
+
 
 @pytest.fixture
 def log(monkeypatch):
