@@ -9,7 +9,6 @@ DeepSpeed's optimizer step makes several passes over everything in host memory w
 """
 
 import functools
-import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch.utils.cpp_extension import load
 
-from src.utils import local_ranks
+from src.utils import local_ranks, usable_cores
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,7 +38,7 @@ def _kernel() -> ModuleType:
 
 def _usual_threads() -> int:
     """This rank's share of the cores, less one for the thread that launches GPU kernels."""
-    return max(1, len(os.sched_getaffinity(0)) // local_ranks() - 1)
+    return max(1, usable_cores() // local_ranks() - 1)
 
 
 class FusedCpuAdam(torch.optim.Optimizer):

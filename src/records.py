@@ -107,10 +107,11 @@ def load_all(folders: Iterable[Path]) -> list[dict[str, Any]]:
             raise UsageError(f"{folder} is no folder")
         # A hidden one is being written, or was when its program was killed.
         paths += sorted(path for path in folder.rglob("*.json") if not path.name.startswith("."))
-    return [_load_whole(path) for path in paths]
+    return [load_whole(path) for path in paths]
 
 
-def _load_whole(path: Path) -> dict[str, Any]:
+def load_whole(path: Path) -> dict[str, Any]:
+    """`load`, of a record that says what ran where and what became of it. Raises `UsageError` if it does not."""
     record = load(path)
     try:
         whole = "gpu" in record["environment"] and record["status"] in ("ok", "oom", "error") and bool(record["mode"])

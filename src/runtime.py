@@ -17,7 +17,7 @@ import torch
 
 from src.config import RunConfig, UsageError
 from src.live_memory import LiveMemory
-from src.utils import GIB
+from src.utils import GIB, usable_cores
 
 
 class Runtime(Protocol):
@@ -214,7 +214,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         "cuda": torch.version.cuda,
         "cpu": _cpu_name(),
-        "cpu_count": os.cpu_count(),
+        "cpu_count": usable_cores(),
+        "machine_cpu_count": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **versions,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -87,13 +86,43 @@ def is_measured(record: Record) -> bool:
 
 
 def studies(found: Iterable[Record]) -> dict[Setting, dict[Cell, Record]]:
-    """The measured records by what they have in common, one for each cell."""
-    grouped: dict[Setting, dict[Cell, Record]] = defaultdict(dict)
-    for record in filter(is_measured, found):
-        cells = grouped[Setting(settings(config_of(record)), machine(record))]
-        place = cell(record)
-        cells[place] = max(cells.get(place, record), record, key=_worth)
-    return dict(grouped)
+    """The measured records by what they have in common, one for each cell.
+
+    A study without a memory limit also takes the runs under one that never met it.
+    """
+    measured = list(filter(is_measured, found))
+    grouped: dict[Setting, dict[Cell, Record]] = {}
+    for record in measured:
+        _add(record, grouped.setdefault(_setting(record), {}))
+    for record in filter(None, map(without_its_limit, measured)):
+        if _setting(record) in grouped:
+            _add(record, grouped[_setting(record)])
+    return grouped
+
+
+def _setting(record: Record) -> Setting:
+    return Setting(settings(config_of(record)), machine(record))
+
+
+def _add(record: Record, cells: dict[Cell, Record]) -> None:
+    place = cell(record)
+    cells[place] = max(cells.get(place, record), record, key=_worth)
+
+
+def without_its_limit(record: Record) -> Record | None:
+    """A run under a memory limit as the one without, which is the same if the allocator always found room. Or None.
+
+    PyTorch's allocator compares with the limit only when it asks the driver for more, and tries again after a refusal.
+    """
+    never_met = record["status"] == "ok" and record["allocation_retries"] == 0
+    if record["config"].get("memory_limit_gib") is None or not never_met:
+        return None
+    return record | {"config": record["config"] | {"memory_limit_gib": None}}
+
+
+def ran_under_a_limit(record: Record) -> bool:
+    """Whether `without_its_limit` made this record."""
+    return record["run_name"] != config_of(record).run_name
 
 
 def _worth(record: Record) -> tuple[int, str, bool]:

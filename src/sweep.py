@@ -8,9 +8,10 @@
 
 A grid is `batch` (the original's batch sizes at 1024 tokens), `sequence` (its lengths at batch 4), `study` (both) or
 axes like batch_size=1,2,4; strategies are none, no_flce, all or kernels like rope+flce. Other flags go to the script
-as they are. Each cell leaves its record in --result_dir; what has one is not run again. A cell that crashes, hangs or
-is killed is recorded as that, and the sweep goes on. Cells beyond one that ran out of memory with the same settings
-are not run but recorded as `inferred`; --every_cell runs them.
+as they are. Each cell leaves its record in --result_dir; what has one is not run again, nor without a memory limit what
+ran under one and never met it. A cell that crashes, hangs or is killed is recorded as that, and the sweep goes on.
+Cells beyond one that ran out of memory with the same settings are not run but recorded as `inferred`; --every_cell runs
+them.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from src import records, study
 from src.cli import parse_config, run
-from src.config import STRATEGIES, RunConfig, Strategy, UsageError
+from src.config import STRATEGIES, RunConfig, Strategy, UsageError, config_of
 from src.ranks import die_with_parent, ending_of
 from src.utils import GIB, ExitStatus, error_line
 
@@ -138,11 +139,14 @@ class Sweep:
 
     def run(self) -> int:
         """Run what has no record yet; returns the exit status."""
-        done = {cell.config.run_name: told for cell in self._cells if (told := finished_record(cell.config))}
+        own = {cell.config.run_name: told for cell in self._cells if (told := finished_record(cell.config))}
+        done = self._ran_under_a_limit() | own
         self._check_machine(done)
         waiting = [cell for cell in self._cells if cell.config.run_name not in done]
         if done:
-            print(f"{len(done)} of {len(self._cells)} cells have a record already: not run again")
+            limited = len(done) - len(own)
+            note = f", {limited} of them under a memory limit that they never met" if limited else ""
+            print(f"{len(done)} of {len(self._cells)} cells have a record already{note}: not run again")
         failed = 0
         with tqdm(total=len(waiting), unit="cell", disable=None) as progress, contextlib.closing(self):
             for cell in waiting:
@@ -157,6 +161,18 @@ class Sweep:
         if failed:
             error_line(f"{failed} cells failed; their records say why, and the next sweep tries them again")
         return ExitStatus.FAILED if failed else ExitStatus.DONE
+
+    def _ran_under_a_limit(self) -> dict[str, dict[str, Any]]:
+        """Name of a cell without a memory limit -> record of the same run under one that it never met."""
+        names = {cell.config.run_name for cell in self._cells}
+        found = {}
+        for folder in {Path(cell.config.result_dir) for cell in self._cells}:
+            for path in sorted(folder.glob("[!.]*.json")):
+                with contextlib.suppress(UsageError):
+                    record = study.without_its_limit(records.load_whole(path))
+                    if record and study.is_measured(record) and (name := config_of(record).run_name) in names:
+                        found[name] = record
+        return found
 
     def close(self) -> None:
         """End the processes in which cells run."""
