@@ -124,6 +124,8 @@ def _table(grouped: Runs, predictions: dict[tuple, int], budget: int) -> str:
         for gpu in sorted(gpus):
             for strategy in STRATEGIES:
                 own = grouped.get((setting, strategy, gpu), [])
+                if gpu and not own:
+                    continue
                 predicted = [predictions.get((setting, strategy, line.field, budget)) for line in LINES]
                 rows.append(
                     [

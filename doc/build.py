@@ -38,6 +38,7 @@ DOC = ROOT / "doc"
 DOCUMENTS = {
     "measured.md": ("measured", "doc/data"),
     "offload.md": ("offload", "doc/data"),
+    "scaling.md": ("scaling", "doc/data"),
     "levers.md": ("levers", "doc/data/h200_offload"),
     "peak.md": ("peak", "doc/data"),
     "original.md": ("original", "doc/data"),

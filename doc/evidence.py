@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from doc import original
 from src import records, study
-from src.config import PRESETS, STRATEGIES, OffloadConfig, RunConfig, Strategy, UsageError
-from src.figures import all_figures, setting_words
+from src.config import PRESETS, STRATEGIES, OffloadConfig, RunConfig, Strategy, UsageError, config_of
+from src.figures import all_figures, predicted_and_measured, setting_words
 from src.model_utils import load_model_config, parameter_counts
 from src.snapshot import Timeline, read
 from src.study import Record
@@ -83,10 +83,17 @@ class Study:
         return setting_words(next((r for r in found if r["status"] == "ok"), found[0]))
 
     @property
+    def short_title(self) -> str:
+        """What tells it from the others."""
+        config = self.setting.config
+        if config.script == "deepspeed":
+            return f"offload, preset {config.preset}"
+        return "one GPU" if config.gradient_checkpointing else "one GPU, no checkpointing"
+
+    @property
     def machine(self) -> str:
-        """Its GPU and, of an offloaded one, its preset."""
-        gpu, config = study.gpu_name(next(iter(self.cells.values()))), self.setting.config
-        return f"{gpu}, offload, preset {config.preset}" if config.script == "deepspeed" else gpu
+        """Its GPU and what tells it from the others."""
+        return f"{study.gpu_name(next(iter(self.cells.values())))}, {self.short_title}"
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """File names and figures of its three strategies, as far as it has runs enough: by batch size and by length."""
@@ -106,14 +113,62 @@ class Study:
         return (max(fits), min(too_large)) if fits and too_large else None
 
     @property
+    def is_limited(self) -> bool:
+        """Whether its runs had a memory limit."""
+        return self.setting.config.memory_limit_gib is not None
+
+    @property
     def missing(self) -> int:
         """Cells of the original's grids that have no record."""
         return len(set(study.GRID) - set(self.cells))
 
 
 def studies() -> list[Study]:
-    """The runs below doc/data/study, those together that can be drawn together."""
-    return [Study(*item) for item in study.studies(records.load_all([DATA / "study"])).items()]
+    """The runs below doc/data/study, those together that can be drawn together, the nearest to the original first."""
+    found = study.studies(records.load_all([DATA / "study"]))
+    return [Study(setting, found[setting]) for setting in sorted(found, key=lambda s: study.distance(s, found[s]))]
+
+
+def study_with(config: RunConfig) -> Study:
+    """The study with these settings. Raises `UsageError` if there is none."""
+    for found in studies():
+        if found.setting.config == config:
+            return found
+    raise UsageError(f"doc/data/study has no study with these settings: {config.script}{config.settings_name}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat:
+    """Cells of a study that had been measured before."""
+
+    title: str
+    pairs: list[tuple[Record, Record]]  # before, and in the study
+
+    @property
+    def peak_difference(self) -> float:
+        """The largest change of a peak, relative."""
+        return max(abs(later["peak_memory_bytes"] / earlier["peak_memory_bytes"] - 1) for earlier, later in self.pairs)
+
+    def changes(self, tokens: range) -> list[float]:
+        """Relative changes of the step time of cells with so many tokens."""
+        return [
+            later["latency_s"] / earlier["latency_s"] - 1
+            for earlier, later in self.pairs
+            if config_of(later).tokens_per_step in tokens
+        ]
+
+
+def repeats() -> list[Repeat]:
+    """What the studies measured again of folders whose runs had a machine for themselves."""
+    before = study.studies([*folder("h100_single_gpu").records, *folder("h100_offload").records])
+    found = []
+    for again in studies():
+        cells = before.get(again.setting, {})
+        pairs = [(cells[cell], record) for cell, record in again.cells.items() if cell in cells]
+        ran = [pair for pair in pairs if all(record["status"] == "ok" for record in pair)]
+        if ran and not again.is_limited:
+            found.append(Repeat(again.title, ran))
+    return found
 
 
 def snapshot(name: str) -> Timeline:
@@ -183,6 +238,36 @@ class Prediction:
     kernels: str
     measured_gib: float
     error: float  # relative
+
+
+def blind_errors() -> list[float]:
+    """Errors of the study's peaks that were predicted before they were measured, relative and without their signs."""
+    return [
+        abs(prediction["peak_memory_bytes"] / run["peak_memory_bytes"] - 1)
+        for prediction, run in predicted_and_measured(records.load_all([DATA / "study"]))
+        if prediction["environment"]["date"] < run["environment"]["date"]
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """Whether cells of the study fit a memory limit, as predicted and as measured."""
+
+    measured: list[Record]
+    wrong: list[Record]  # those of which the prediction says otherwise
+
+
+def verdicts() -> Verdicts:
+    """Cells that ran under a memory limit or ran out of it, and of which there is a prediction under the same limit."""
+    found = records.load_all([DATA / "study"])
+    predicted = {_limited_cell(r): r["status"] for r in found if r["mode"] == "predicted"}
+    runs = [r for r in found if r["mode"] == "measured" and r["config"]["memory_limit_gib"] is not None]
+    runs = [r for r in runs if _limited_cell(r) in predicted]
+    return Verdicts(runs, [r for r in runs if r["status"] != predicted[_limited_cell(r)]])
+
+
+def _limited_cell(record: Record) -> tuple[RunConfig, study.Cell]:
+    return study.settings(config_of(record)), study.cell(record)
 
 
 def predictions() -> list[Prediction]:

@@ -9,7 +9,7 @@ from typing import Any
 from doc import evidence, original, report_tables, tables
 from doc.evidence import ALL_KERNELS, NO_FLCE, NO_KERNELS, Folder, Record, Shape
 from src import study
-from src.config import STRATEGIES, Strategy, config_of
+from src.config import STRATEGIES, RunConfig, Strategy, config_of
 from src.figures import setting_words
 from src.snapshot import CATEGORIES
 
@@ -61,15 +61,12 @@ def ladder() -> list[tuple[str, Record | None]]:
     ]
 
 
-def beside_the_original(folder: Folder) -> list[tuple[study.Cell, Record, Record]]:
-    """Cells of which the original study published a peak, and that of ours under its settings."""
-    published, rows = original.original(), []
-    for cell in published.cells:
-        sizes = {"batch_size": cell.batch_size, "seq_length": cell.seq_length}
-        theirs, ours = published.ran(cell), folder.find(STRATEGIES[cell.strategy], preset="seed", **sizes)
-        if theirs and ours and ours["status"] == "ok":
-            rows.append((cell, theirs, ours))
-    return rows
+def beside_the_original() -> list[tuple[study.Cell, Record, Record]]:
+    """Cells at 1024 tokens of which the original study published a peak, and those of ours under its settings."""
+    ours = evidence.study_with(original.OFFLOAD["seed"])
+    columns = original.original(), original.Column(ours.title, ours.cells)
+    cells = [cell for cell in study.GRID if cell.seq_length == study.FIXED_LENGTH]
+    return [(cell, *peaks) for cell in cells if all(peaks := [column.ran(cell) for column in columns])]
 
 
 def _one_gpu() -> dict[str, Any]:
@@ -168,7 +165,7 @@ def _offload() -> dict[str, Any]:
     published = original.original().cells
     hf_4, hf_8 = (published[study.Cell(NO_KERNELS.title, b, 1024)]["peak_memory_bytes"] for b in (4, 8))
     seed_4, seed_32 = (offload.run(NO_KERNELS, preset="seed", batch_size=b)["peak_memory_bytes"] for b in (4, 32))
-    beside = beside_the_original(offload)
+    beside = beside_the_original()
     ratios = [
         ours["peak_memory_bytes"] / theirs["peak_memory_bytes"]
         for cell, theirs, ours in beside
@@ -200,12 +197,17 @@ def _documents() -> dict[str, Any]:
     found, studies = evidence.predictions(), evidence.studies()
     return {
         "predictions": report_tables.errors(found),
-        "study": studies,
+        "study": [part for part in studies if not part.is_limited],
+        "frontiers": studies,
+        "repeats": evidence.repeats(),
+        "blind": evidence.blind_errors(),
+        "verdicts": evidence.verdicts(),
+        "two_gpus": evidence.folder("h100_two_gpus").records,
         "batches": study.BATCH_SIZES,
         "lengths": study.SEQ_LENGTHS,
         "cells": len(study.GRID),
-        "most_complete": sorted((s for s in studies if s.pictures), key=lambda part: part.missing)[:2],
-        "offload_studied": any(r["script"] == "deepspeed" for part in studies for r in part.cells.values()),
+        "seed_study": evidence.study_with(original.OFFLOAD["seed"]),
+        "gpu_study": evidence.study_with(RunConfig()),
         "tables": report_tables,
         "measured": tables.load_all(evidence.DATA, None),
         "setting_words": setting_words,

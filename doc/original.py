@@ -81,15 +81,15 @@ def original() -> Column:
 
 
 def ours(runs: Sequence[Record], limit_gib: float | None = None) -> list[Column]:
-    """Our studies with each GPU and preset, the fullest of each; under a memory limit if one is given."""
+    """The fullest of our studies with each preset; under a memory limit if one is given."""
     wanted = {dataclasses.replace(config, memory_limit_gib=limit_gib): name for name, config in OFFLOAD.items()}
     studies = study.studies(runs)
     columns: dict[str, Column] = {}
     for setting in sorted(studies, key=lambda setting: study.distance(setting, studies[setting])):
         if setting.config in wanted:
-            cells = studies[setting]
-            title = f"{study.gpu_name(next(iter(cells.values())))}, {wanted[setting.config]}"
-            columns.setdefault(title, Column(title, cells))
+            cells, preset = studies[setting], wanted[setting.config]
+            title = f"{study.gpu_name(next(iter(cells.values())))}, {preset}"
+            columns.setdefault(preset, Column(title, cells))
     return list(columns.values())
 
 
@@ -205,7 +205,9 @@ def _coverage(columns: Sequence[Column], how: str) -> str:
         own = [column.cells[cell] for cell in study.GRID if cell in column.cells]
         inferred = sum(record["mode"] == "inferred" for record in own)
         failed = sum(record["status"] == "error" for record in own)
-        rest = [f"{count} {what}" for count, what in ((inferred, "inferred"), (failed, "failed")) if count]
+        limited = sum(map(study.ran_under_a_limit, own))
+        counts = ((limited, "of them under a limit that they never met"), (inferred, "inferred"), (failed, "failed"))
+        rest = [f"{count} {what}" for count, what in counts if count]
         told.append(f"{column.title} {', '.join([str(len(own) - inferred - failed), *rest])}")
     return f"Measured {how}, of {len(study.GRID)} cells: {'; '.join(told)}."
 

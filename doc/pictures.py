@@ -37,11 +37,12 @@ def all_figures() -> Iterator[tuple[str, Figure]]:
         yield f"{name}.png", _smaller(figures.comparison(cells, THREE, axis))
     yield "kernels_alone.png", kernels_alone(h100)
     yield "offload_steps.png", offload_steps(offload)
-    yield "original.png", original(offload)
+    yield "original.png", original()
     yield "ladder.png", ladder()
     yield "predictions.png", predictions(h100.gpu)
     for part in evidence.studies():
-        yield from ((name, _smaller(figure)) for name, figure in part.figures())
+        if not part.is_limited:
+            yield from ((name, _smaller(figure)) for name, figure in part.figures())
 
 
 def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
@@ -306,18 +307,19 @@ def ladder() -> Figure:
     return drawing
 
 
-def original(folder: Folder) -> Figure:
+def original() -> Figure:
     """Peaks the original study published beside ours under its settings."""
-    cells = facts.beside_the_original(folder)
-    drawing, axes = _figure(9, 3.6)
-    gpus = ("original study, RTX 4090", f"ours, {folder.gpu}")
+    cells = [row for row in facts.beside_the_original() if row[0].strategy != NO_FLCE.title]
+    drawing, axes = _figure(10, 3.8)
+    gpus = ("original study, RTX 4090", f"ours, {study.gpu_name(cells[0][2])}")
     for i, (name, colour) in enumerate(zip(gpus, ("#b0b0b0", "#1f3a5f"))):
         values = [peaks[i]["peak_memory_bytes"] / GIB for _, *peaks in cells]
-        places = [place + (i - 0.5) * 0.36 for place in range(len(cells))]
-        bars = axes.bar(places, values, 0.36, color=colour, edgecolor="black", linewidth=0.5, label=name)
-        axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=2, fontsize=9)
-    labels = [f"{cell.strategy}\n{cell.batch_size} x {cell.seq_length}" for cell, *_ in cells]
+        places = [place + (i - 0.5) * 0.4 for place in range(len(cells))]
+        bars = axes.bar(places, values, 0.4, color=colour, edgecolor="black", linewidth=0.5, label=name)
+        axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=2, fontsize=8)
+    labels = [f"{'none' if cell.strategy == NO_KERNELS.title else 'all'}\n{cell.batch_size}" for cell, *_ in cells]
     axes.set_xticks(range(len(cells)), labels, fontsize=9)
+    axes.set_xlabel("Liger kernels, batch size at 1024 tokens")
     axes.set_title("Llama 3.2 1B, ZeRO-3 offload, fp16, the original's settings", fontsize=9)
     _plain(axes, "peak allocated memory, GiB")
     axes.legend(frameon=False, fontsize=9)

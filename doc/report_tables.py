@@ -1,16 +1,19 @@
 """The report's tables: narrow enough for a page. doc/tables.py has the full ones."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from doc.levers import LEVERS
-from doc.original import NOT_MEASURED
+from doc.original import LINES, NOT_MEASURED, Column, bracket, frontier
 from doc.tables import milliseconds
-from src.config import STRATEGIES, config_of
+from src.config import MAX_TOKENS, STRATEGIES, config_of
 from src.figures import absence
 from src.study import Cell, Record
 from src.tables import markdown
 from src.utils import GIB, MIB
+
+MANY_TOKENS = 16 * 1024  # a step of so many is bound by the GPU
 
 
 def _cell(record: Record | None, key: str, unit: float, form: str) -> str:
@@ -130,6 +133,39 @@ def originals(cells: Sequence[tuple[Cell, Record, Record]]) -> str:
         for cell, theirs, ours in cells
     ]
     return markdown(["kernels, batch x seq", "original, GiB", "ours, GiB", "difference"], rows)
+
+
+def repeats(found: Sequence[Any]) -> str:
+    """How far peaks and step times of cells measured twice lie apart, for many tokens a step and for few."""
+    rows = []
+    for repeat in found:
+        few, many = (repeat.changes(tokens) for tokens in (range(MANY_TOKENS), range(MANY_TOKENS, MAX_TOKENS)))
+        rows.append([repeat.title, str(len(repeat.pairs)), f"{repeat.peak_difference:.2%}", _range(many), _range(few)])
+    many, few = f"ms, {MANY_TOKENS:,} tokens or more", "ms, fewer tokens"
+    return markdown(["settings", "cells", "peak, largest difference", many, few], rows)
+
+
+def _range(changes: Sequence[float]) -> str:
+    return f"{min(changes):+.0%} to {max(changes):+.0%}" if changes else NOT_MEASURED
+
+
+def frontiers(found: Sequence[Any]) -> str:
+    """Where memory ends for each strategy, with all memory and under a limit."""
+    by_config = {part.setting.config: part for part in found}
+    limits = sorted({config.memory_limit_gib for config in by_config} - {None})
+    rows = []
+    for config, part in by_config.items():
+        if part.is_limited:
+            continue
+        for strategy in STRATEGIES:
+            cells = []
+            for limit in (None, *limits):
+                study = by_config.get(dataclasses.replace(config, memory_limit_gib=limit))
+                column = Column("", study.cells if study else {})
+                cells += [bracket(*frontier(column, strategy, line)) for line in LINES]
+            rows.append([part.short_title, strategy, *cells])
+    memory = ("all memory", *(f"{limit:g} GiB" for limit in limits))
+    return markdown(["settings", "kernels", *(f"{how}: {line.what}" for how in memory for line in LINES)], rows)
 
 
 def states(shapes: Sequence[Any]) -> str:

@@ -3,7 +3,7 @@
 python -m doc.tables measured doc/data > doc/measured.md
 python -m doc.tables predicted doc/data/h100_single_gpu > doc/predicted_vs_measured.md
 python -m doc.tables offload doc/data > doc/offload.md
-python -m doc.tables scaling doc/data
+python -m doc.tables scaling doc/data > doc/scaling.md
 python -m doc.tables levers doc/data/h200_offload > doc/levers.md
 python -m doc.tables peak doc/data > doc/peak.md
 python -m doc.tables original doc/data > doc/original.md
@@ -32,8 +32,8 @@ from src.fake_gpu import H100
 from src.figures import setting_words
 from src.model_utils import SHAPES, TORCH_DTYPES
 from src.snapshot import waterfall
-from src.study import gpu_name, thread_variables
-from src.tables import markdown
+from src.study import gpu_name, thread_variables, without_its_limit
+from src.tables import markdown, number_or_empty
 from src.utils import GIB, MIB, error_line
 
 
@@ -122,15 +122,21 @@ def offload_table(runs: list[dict[str, Any]]) -> str:
                 f"{record['peak_memory_bytes'] / GIB:,.2f}",
                 milliseconds(record, 0),
                 f"{record['throughput_tokens_per_s']:,.0f}",
-                f"{record['floor_s'] * 1e3:,.0f}",
-                f"{record['latency_s'] / record['floor_s']:.1f}",
-                f"{record['host_peak_bytes'] / GIB:,.1f}",
+                *_floor(record),
+                number_or_empty(record["host_peak_bytes"], GIB, "{:,.1f}"),
             ]
         )
     header = ["preset, and what differs from it", "kernels", "batch x seq", "GPU", "peak GiB"]
     return markdown(
         [*header, "ms a step (median ± IQR/2)", "tokens/s", "floor ms", "times the floor", "host GiB"], rows
     )
+
+
+def _floor(record: dict[str, Any]) -> list[str]:
+    """The floor and how many times as long the step took; nothing if the GPU had no room left to measure rates."""
+    if record["floor_s"] is None:
+        return ["", ""]
+    return [f"{record['floor_s'] * 1e3:,.0f}", f"{record['latency_s'] / record['floor_s']:.1f}"]
 
 
 def scaling_table(runs: list[dict[str, Any]]) -> str:
@@ -141,6 +147,7 @@ def scaling_table(runs: list[dict[str, Any]]) -> str:
     """
     found: dict[tuple, dict[int, dict[str, Any]]] = {}
     for run in sorted(runs, key=lambda run: run["environment"]["date"]):  # of two alike, the later
+        run = without_its_limit(run) or run
         alone = dataclasses.replace(config_of(run), world_size=1)
         key = (alone.run_name, run["environment"]["gpu"], *thread_variables(run))
         found.setdefault(key, {})[config_of(run).world_size] = run

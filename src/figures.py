@@ -206,6 +206,8 @@ def _finish(drawing: Figure, axes: Axes, group: Sequence[Record], strategies: Se
     notes = ["bars: median; whiskers: quartiles"]
     if any(r["mode"] == "inferred" for r in group):
         notes.append("OOM*: not run, a smaller one ran out of memory")
+    if limited := sum(map(study.ran_under_a_limit, group)):
+        notes.append(f"{limited} of {len(group)} runs under a memory limit that they never met")
     notes += _differing_versions(group)
     drawing.suptitle(f"{setting_words(measured)}\n{'; '.join(notes)}", fontsize=9)
     handles = [axes.bar(0, 0, label=name, edgecolor="black", linewidth=0.5, **STYLES[name]) for name in strategies]
@@ -227,7 +229,8 @@ def predicted_and_measured(found: Sequence[Record]) -> list[tuple[Record, Record
     predictions = {
         key(r): r for r in found if r["mode"] == "predicted" and r["peak_memory_bytes"] and not r["frontier"]
     }
-    measured = [r for r in found if r["mode"] == "measured" and r["status"] == "ok" and r["script"] == "all_gpu"]
+    runs = [r for r in found if r["mode"] == "measured" and r["status"] == "ok" and r["script"] == "all_gpu"]
+    measured = [study.without_its_limit(r) or r for r in runs]
     return [(predictions[key(r)], r) for r in measured if key(r) in predictions]
 
 

@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -333,7 +334,10 @@ def _fork() -> int:
     """`os.fork`, at whose end an interruption is heard: raised in one of the hooks that run in it, it would be lost."""
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *_INTERRUPTIONS})
     try:
-        return os.fork()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of other threads. There are only those of OpenBLAS, which wait for work.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return os.fork()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 

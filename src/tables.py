@@ -55,14 +55,14 @@ def _row(record: dict[str, Any]) -> list[str]:
     cells = [config.strategy.title, f"{config.batch_size:,}", f"{config.seq_length:,}", setting_words(record), status]
     return [
         *cells,
-        _number(record["peak_memory_bytes"], GIB, "{:,.2f}"),
-        _number(record["latency_s"], 1e-3, "{:,.1f}"),
-        _number(record["latency_iqr_s"], 1e-3, "{:,.1f}"),
-        _number(record["throughput_tokens_per_s"], 1, "{:,.0f}"),
-        _number(record["mfu"], 1e-2, "{:.1f}%"),
+        number_or_empty(record["peak_memory_bytes"], GIB, "{:,.2f}"),
+        number_or_empty(record["latency_s"], 1e-3, "{:,.1f}"),
+        number_or_empty(record["latency_iqr_s"], 1e-3, "{:,.1f}"),
+        number_or_empty(record["throughput_tokens_per_s"], 1, "{:,.0f}"),
+        number_or_empty(record["mfu"], 1e-2, "{:.1f}%"),
     ]
 
 
-def _number(value: float | None, unit: float, form: str) -> str:
+def number_or_empty(value: float | None, unit: float, form: str) -> str:
     """Nothing for what was not measured."""
     return "" if value is None else form.format(value / unit)
