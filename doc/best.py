@@ -124,9 +124,9 @@ def _table(grouped: Runs, predictions: dict[tuple, int], budget: int) -> str:
         for gpu in sorted(gpus):
             for strategy in STRATEGIES:
                 own = grouped.get((setting, strategy, gpu), [])
-                if gpu and not own:
-                    continue
                 predicted = [predictions.get((setting, strategy, line.field, budget)) for line in LINES]
+                if gpu and not own and predicted == [None, None]:
+                    continue
                 rows.append(
                     [
                         setting,

@@ -167,7 +167,7 @@ def repeats() -> list[Repeat]:
         pairs = [(cells[cell], record) for cell, record in again.cells.items() if cell in cells]
         ran = [pair for pair in pairs if all(record["status"] == "ok" for record in pair)]
         if ran and not again.is_limited:
-            found.append(Repeat(again.title, ran))
+            found.append(Repeat(again.short_title, ran))
     return found
 
 

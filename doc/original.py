@@ -80,8 +80,8 @@ def original() -> Column:
     return Column("original, RTX 4090", cells, "no figure")
 
 
-def ours(runs: Sequence[Record], limit_gib: float | None = None) -> list[Column]:
-    """The fullest of our studies with each preset; under a memory limit if one is given."""
+def ours(runs: Sequence[Record], limit_gib: float | None = None) -> dict[str, Column]:
+    """Preset -> the fullest of our studies with it; under a memory limit if one is given."""
     wanted = {dataclasses.replace(config, memory_limit_gib=limit_gib): name for name, config in OFFLOAD.items()}
     studies = study.studies(runs)
     columns: dict[str, Column] = {}
@@ -90,7 +90,7 @@ def ours(runs: Sequence[Record], limit_gib: float | None = None) -> list[Column]
             cells, preset = studies[setting], wanted[setting.config]
             title = f"{study.gpu_name(next(iter(cells.values())))}, {preset}"
             columns.setdefault(preset, Column(title, cells))
-    return list(columns.values())
+    return columns
 
 
 def bracket(fits: Collection[int], too_large: Mapping[int, str]) -> str:
@@ -142,7 +142,8 @@ def savings(column: Column) -> dict[tuple[int, int], Saving]:
 
 def original_document(runs: Sequence[Record]) -> str:
     """The published figures beside ours, of all cells, and what they say."""
-    published, full, limited = original(), ours(runs), ours(runs, CARD_GIB)
+    published, by_preset, limited = original(), ours(runs), list(ours(runs, CARD_GIB).values())
+    full = list(by_preset.values())
     columns = [published, *full]
     parts = [
         INTRODUCTION,
@@ -151,7 +152,7 @@ def original_document(runs: Sequence[Record]) -> str:
         "## What the figures say",
         *_conclusions(published, full, limited),
         WHY,
-        *_logits_copies(published, full),
+        *_logits_copies(published, by_preset.get("seed")),
         "## Where memory ends",
         f"What ran, and the smallest that did not; ours under `--memory_limit_gib {CARD_GIB:g}`.",
         _frontier_table(published, limited),
@@ -206,9 +207,9 @@ def _coverage(columns: Sequence[Column], how: str) -> str:
         inferred = sum(record["mode"] == "inferred" for record in own)
         failed = sum(record["status"] == "error" for record in own)
         limited = sum(map(study.ran_under_a_limit, own))
-        counts = ((limited, "of them under a limit that they never met"), (inferred, "inferred"), (failed, "failed"))
-        rest = [f"{count} {what}" for count, what in counts if count]
-        told.append(f"{column.title} {', '.join([str(len(own) - inferred - failed), *rest])}")
+        note = f" ({limited} of them under a limit that they never met)" if limited else ""
+        rest = [f"{count} {what}" for count, what in ((inferred, "inferred"), (failed, "failed")) if count]
+        told.append(f"{column.title} {', '.join([f'{len(own) - inferred - failed}{note}', *rest])}")
     return f"Measured {how}, of {len(study.GRID)} cells: {'; '.join(told)}."
 
 
@@ -247,6 +248,9 @@ def _conclusions(published: Column, full: Sequence[Column], limited: Sequence[Co
         "{:.2f}",
         lambda values: verdict(values, lambda ratio: ratio > 1.05, "by more than 5%", "not by more than 5%"),
     )
+    question = f"Do the same cells fit? Ours limited to {CARD_GIB:g} GiB, in the cells that the original reports:"
+    agreements = [f"- {column.title}: {agreement(published, column)}" for column in limited]
+    yield "\n".join([question, *(agreements or [f"- ours: {NOT_MEASURED} under that limit"])])
     gains = [f"- {column.title}: {_gains(column)}" for column in (published, *limited)]
     gains += [] if limited else [f"- ours: {NOT_MEASURED} under a limit of {CARD_GIB:g} GiB"]
     yield "\n".join([f"How much more fits {CARD_GIB:g} GiB with all kernels than without any?", *gains])
@@ -280,6 +284,14 @@ def _against(theirs: Mapping[tuple[int, int], Saving], found: Mapping[tuple[int,
     return f"{', '.join(f'{word} in {count}' for word, count in words if count)} of {len(common)}: {pairs}"
 
 
+def agreement(published: Column, column: Column) -> str:
+    """In how many cells memory sufficed here as it did there, and in which it did not."""
+    common = [cell for cell in study.GRID if cell in published.cells and cell in column.cells]
+    other = [cell for cell in common if bool(published.ran(cell)) != bool(column.ran(cell))]
+    told = [f"{cell.strategy}, {_sizes(cell[1:])} {'fits' if column.ran(cell) else 'does not'}" for cell in other]
+    return f"{'; '.join([f'the same in {len(common) - len(other)} of {len(common)}', *told])}"
+
+
 def _gains(column: Column) -> str:
     """The largest that ran without any and with all kernels, and the factor between."""
     told = []
@@ -296,20 +308,20 @@ def _gains(column: Column) -> str:
     return "; ".join(told)
 
 
-def _logits_copies(published: Column, full: Sequence[Column]) -> Iterator[str]:
-    """How much more the original took without Liger kernels, in fp32 copies of the logits."""
-    found: dict[str, list[float]] = {}
-    for column in full:
-        for cell in study.GRID:
-            theirs, mine = published.ran(cell), column.ran(cell)
-            if cell.strategy == NONE and theirs and mine:
-                more = theirs["peak_memory_bytes"] - mine["peak_memory_bytes"]
-                logits = cell.batch_size * cell.seq_length * VOCABULARY * 4
-                found.setdefault(column.title, []).append(more / logits)
-    if found:
-        told = "; ".join(f"{title}, {spread(copies, '{:.2f}')}" for title, copies in found.items())
-        text = f"Without Liger kernels the original's peak is higher by this many fp32 copies of the logits: {told}."
-        explained = all(abs(count - 1) < 0.1 for copies in found.values() for count in copies)
+def _logits_copies(published: Column, ours: Column | None) -> Iterator[str]:
+    """How much more the original took, in fp32 copies of the logits, where these set the peak without Liger kernels."""
+    copies = []
+    for size, saving in (savings(ours) if ours else {}).items():
+        cell = Cell(NONE, *size)
+        if published.ran(cell) and saving.peak_ratio > 1.05:
+            more = published.ran(cell)["peak_memory_bytes"] - ours.ran(cell)["peak_memory_bytes"]
+            copies.append(more / (cell.batch_size * cell.seq_length * VOCABULARY * 4))
+    if copies:
+        text = (
+            "Without Liger kernels, where the logits set the peak, the original's is higher than that of "
+            f"{ours.title} by this many fp32 copies of the logits: {spread(copies, '{:.2f}')}."
+        )
+        explained = all(abs(count - 1) < 0.1 for count in copies)
         yield f"{text} {_LOGITS_COPY}" if explained else text
 
 

@@ -139,6 +139,13 @@ def _floor(record: dict[str, Any]) -> list[str]:
     return [f"{record['floor_s'] * 1e3:,.0f}", f"{record['latency_s'] / record['floor_s']:.1f}"]
 
 
+_EFFICIENCY = (
+    "Efficiency: tokens/s of n GPUs over n times those of one. Each GPU's process updates its part of the weights, on "
+    "its share of the machine's cores. Where Adam on the CPU bounds the step, a machine with more cores for n GPUs can "
+    "give more than n times."
+)
+
+
 def scaling_table(runs: list[dict[str, Any]]) -> str:
     """Each experiment that ran on several GPUs: peak of the fullest, tokens/s of all, and what part of n times one's.
 
@@ -168,7 +175,8 @@ def scaling_table(runs: list[dict[str, Any]]) -> str:
         rows.append([*cell, *peaks, *speeds, *efficiencies])
     columns = [("peak GiB", counts), ("tokens/s", counts), ("efficiency", counts[1:])]
     of_counts = [f"{what}, {n} GPU{'s' * (n > 1)}" for what, sizes in columns for n in sizes]
-    return markdown(["preset, and what differs from it", "kernels", "batch per GPU x seq", "GPU", *of_counts], rows)
+    table = markdown(["preset, and what differs from it", "kernels", "batch per GPU x seq", "GPU", *of_counts], rows)
+    return f"{table}\n\n{_EFFICIENCY}"
 
 
 def _peak_or_oom(record: dict[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ _OTHER = "other kernels"
 _MARKERS = {name: (marker, style["color"]) for (name, style), marker in zip(STYLES.items(), "osD")}
 _MARKERS[_OTHER] = ("^", "white")
 _VERSIONS = ("torch", "transformers", "liger_kernel", "deepspeed")
+
+_CHARACTERS_AN_INCH = 10  # of a title
 
 Cells = Mapping[Cell, Record]
 
@@ -209,7 +212,9 @@ def _finish(drawing: Figure, axes: Axes, group: Sequence[Record], strategies: Se
     if limited := sum(map(study.ran_under_a_limit, group)):
         notes.append(f"{limited} of {len(group)} runs under a memory limit that they never met")
     notes += _differing_versions(group)
-    drawing.suptitle(f"{setting_words(measured)}\n{'; '.join(notes)}", fontsize=9)
+    width = round(_CHARACTERS_AN_INCH * drawing.get_figwidth())
+    title = [textwrap.fill(words, width) for words in (setting_words(measured), "; ".join(notes))]
+    drawing.suptitle("\n".join(title), fontsize=9)
     handles = [axes.bar(0, 0, label=name, edgecolor="black", linewidth=0.5, **STYLES[name]) for name in strategies]
     drawing.legend(handles=handles, loc="outside lower center", ncols=len(strategies), fontsize=9, frameon=False)
 

@@ -177,7 +177,10 @@ def failing(step, failure, built):
 
 
 def run_main(case):
-    """What main() prints and returns, on each rank. `fails` breaks its second step, `free_gib` is the host's memory."""
+    """What main() prints and returns, on each rank. `fails` breaks its second step, `free_gib` is the host's memory.
+
+    `then` are the flags that each further run of a sweep adds.
+    """
     built = {"steps": 0}
 
     def build(config, runtime, *engine):
@@ -188,11 +191,15 @@ def run_main(case):
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(script, "build_experiment", build))
+        engines = stack.enter_context(mock.patch.object(ds_utils, "build_engine", wraps=ds_utils.build_engine))
+        main = script.main_of_sweep() if "then" in case else script.main
         try:
-            status = run(script.main, parsed(case["args"]))
+            for flags in ["", *case.get("then", [])]:
+                status = run(main, parsed([*case["args"], *flags.split()]))
         except SystemExit as stopped:
             status = stopped.code
-    return {"status": int(status), "stdout": stdout.getvalue(), "stderr": stderr.getvalue(), "steps": built["steps"]}
+    printed = {"stdout": stdout.getvalue(), "stderr": stderr.getvalue()}
+    return {"status": int(status), **printed, "steps": built["steps"], "engines": engines.call_count}
 
 
 def compile_optimizers():

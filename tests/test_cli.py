@@ -272,6 +272,13 @@ def test_memory_limit_beyond_the_card_is_a_usage_error(old_card):
     assert old_card == []
 
 
+def test_retries_are_counted_from_the_runs_beginning(old_card, monkeypatch, rng):
+    counts = sorted(rng.sample(range(100), 2))
+    readings = iter(counts)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {"num_alloc_retries": next(readings)})
+    assert CudaRuntime(RunConfig(dtype="fp16")).allocation_retries() == counts[1] - counts[0]
+
+
 @pytest.mark.parametrize(
     ("gpu", "flops"),
     [

@@ -1,11 +1,13 @@
 """The documents show what the records show."""
 
+import math
 import re
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from doc import tables
+from doc import evidence, original, report_tables, tables
 from src import records
 from src.config import PRESETS, OffloadConfig, Strategy, config_of
 from src.ds_utils import host_bytes_needed
@@ -54,9 +56,39 @@ def test_predicted_table_has_a_row_for_each_record_of_its_folder():
 def test_readme_shows_rows_of_the_tables(runs, offloaded):
     measured = tables.measured_table(runs).splitlines()
     offload = tables.offload_table(offloaded).splitlines()
+    frontiers = report_tables.frontiers(evidence.studies()).splitlines()
     shown = {line for line in README.splitlines() if line.startswith("| ")}
-    assert min(len(shown & set(measured)), len(shown & set(offload))) > 5
-    assert shown <= {*measured, *offload}
+    assert min(len(shown & set(table)) for table in (measured, offload, frontiers)) > 5
+    assert shown <= {*measured, *offload, *frontiers}
+
+
+def test_readme_says_how_long_the_study_took():
+    fast = [r for r in evidence.folder("study/h100_offload").records if r["config"]["preset"] == "fast"]
+    starts = [datetime.fromisoformat(r["environment"]["date"]) for r in fast]
+    minutes = math.ceil((max(starts) - min(starts)) / timedelta(minutes=1))
+    assert f"then with all memory took {minutes} minutes on the H100" in " ".join(README.split())
+
+
+def test_readme_states_how_the_study_was_predicted():
+    blind, verdicts = evidence.blind_errors(), evidence.verdicts()
+    told = len(verdicts.measured) - len(verdicts.wrong)
+    stated = " ".join(README.split())
+    assert (
+        f"{len(blind)} peaks of the study were predicted before they were measured; their largest error is " in stated
+    )
+    assert f"largest error is {max(blind):.3%}. Whether" in stated
+    assert f"of {len(verdicts.measured)} cells run under 24 GiB the dry run told {told} right" in stated
+
+
+def test_readme_says_where_two_gpus_were_measured():
+    assert [r["config"]["world_size"] for r in evidence.folder("h100_two_gpus").records] == [2, 2]
+    (row, *others) = scaling_rows(evidence.folder("h100_two_gpus").records)
+    assert {cell[:2] + cell[3:] for cell in (row, *others)} == {("fast, warmup 2", "All Liger Kernel", "H100")}
+
+
+def test_readme_says_that_the_same_cells_fit_as_on_the_originals_card():
+    limited = original.ours(records.load_all([ROOT / "doc" / "data"]), original.CARD_GIB)
+    assert {original.agreement(original.original(), column) for column in limited.values()} == {"the same in 28 of 28"}
 
 
 def test_offload_table_and_levers_are_those_of_the_records(offloaded):
@@ -66,20 +98,24 @@ def test_offload_table_and_levers_are_those_of_the_records(offloaded):
 
 
 def test_fast_preset_takes_no_more_memory_and_less_time_than_the_original(offloaded):
-    by_name = {run["run_name"]: run for run in offloaded}
+    by_name = {run["run_name"]: run for run in offloaded if run["status"] == "ok"}
     pairs = [(run, by_name[f"{name}_fast"]) for name, run in by_name.items() if f"{name}_fast" in by_name]
-    assert len(pairs) >= 5
+    assert len(pairs) >= 35
     for seed, fast in pairs:
         assert fast["peak_memory_bytes"] <= seed["peak_memory_bytes"]
-        assert fast["latency_s"] < seed["latency_s"] / 1.9
+        # With many tokens a step the GPU, which is the same, takes most of its time.
+        factor = 1.9 if config_of(seed).tokens_per_step <= 2**15 else 1.3
+        assert fast["latency_s"] < seed["latency_s"] / factor
 
 
 def test_estimate_of_host_memory_is_near_what_was_measured(offloaded):
-    for run in offloaded:
+    told = [run for run in offloaded if run["host_peak_bytes"] is not None and not config_of(run).ds_overrides]
+    assert len(told) > 30
+    for run in told:
         config = config_of(run)
-        if run["status"] == "ok" and not config.ds_overrides:
-            estimate = host_bytes_needed(config, load_model_config(config))
-            assert estimate == pytest.approx(run["host_peak_bytes"], rel=0.08), run["run_name"]
+        estimate = host_bytes_needed(config, load_model_config(config))
+        near = 0.08 if config.world_size == 1 else 0.1  # each process has an allowance
+        assert estimate == pytest.approx(run["host_peak_bytes"], rel=near), run["run_name"]
 
 
 def test_peak_table_is_that_of_the_records():
@@ -140,7 +176,7 @@ def offload_record(rng, gpu="NVIDIA H200", preset="seed", **fields):
 
 def scaling_rows(runs):
     """Rows of the table as dictionaries by column, by (first column, kernels, sizes, GPU)."""
-    lines = tables.scaling_table(runs).split("\n")
+    lines = [line for line in tables.scaling_table(runs).split("\n") if line.startswith("|")]
     header, _, *rows = ([cell.strip() for cell in line[1:-1].split("|")] for line in lines)
     return {tuple(row[:4]): dict(zip(header[4:], row[4:], strict=True)) for row in rows}
 

@@ -50,6 +50,11 @@ def drawn(found):
     return dict(named)
 
 
+def title_of(figure):
+    """Its title as one line."""
+    return " ".join(figure.get_suptitle().split())
+
+
 def style_of(patch):
     return to_rgb(patch.get_facecolor()), patch.get_hatch() or ""
 
@@ -308,7 +313,7 @@ def test_ticks_are_where_their_labels_say(peak, seconds):
 def test_title_names_model_machine_and_settings(settings, words):
     found = [make(name, batch, **settings) for name in (NONE, ALL) for batch in (1, 2)]
     for figure in drawn(found).values():
-        title = figure.get_suptitle()
+        title = title_of(figure)
         assert GPU in title
         assert [word for word in words if word not in title] == []
         assert "limited" in title or "memory_limit_gib" not in settings
@@ -316,10 +321,20 @@ def test_title_names_model_machine_and_settings(settings, words):
         assert "OOM*" not in title
 
 
+def test_title_fits_its_figure():
+    common = {"config": OffloadConfig, "model_name": "meta-llama/Llama-3.1-8B-Instruct", "learning_rate": 1.25e-5}
+    found = [make(name, batch, **common, weight_decay=0.125) for name in (NONE, ALL) for batch in (1, 2)]
+    found += [inferred(ALL, 4, **common, weight_decay=0.125)]
+    for figure in drawn(found).values():
+        figure.canvas.draw()
+        extent = figure._suptitle.get_window_extent()
+        assert 0 <= extent.x0 < extent.x1 <= figure.bbox.width
+
+
 def test_title_explains_what_was_not_run():
     found = [make(NONE, 1), inferred(NONE, 2), make(ALL, 1), make(ALL, 2)]
     for figure in drawn(found).values():
-        assert "OOM*: not run" in figure.get_suptitle()
+        assert "OOM*: not run" in title_of(figure)
 
 
 SETTINGS = {
@@ -410,6 +425,32 @@ def test_of_two_measurements_of_a_cell_the_later_counts(rng):
     assert bars(right)[NONE, "2"] == 5
 
 
+def test_runs_that_never_met_their_limit_stand_for_those_without(rng):
+    """Of the study without a limit and of the limited one; others only of the latter."""
+    free = [make(NONE, 1), make(ALL, 1)]
+    limited = [
+        make(ALL, 2, peak=2 * GIB, memory_limit_gib=24.0, allocation_retries=0),
+        make(ALL, 4, peak=3 * GIB, memory_limit_gib=24.0, allocation_retries=1),
+        make(ALL, 8, peak=4 * GIB, memory_limit_gib=24.0),  # an old record, which does not say
+        out_of_memory(NONE, 2, memory_limit_gib=24.0, allocation_retries=0),
+        make(ALL, 16, peak=5 * GIB, memory_limit_gib=24.0, allocation_retries=0, dtype="fp32"),
+    ]
+    found = free + limited
+    rng.shuffle(found)
+    drawings = [figure for name, figure in drawn(found).items() if name.startswith("comparison_2_strategies")]
+    (without,) = (figure for figure in drawings if "limited" not in title_of(figure))
+    (under,) = (figure for figure in drawings if "limited" in title_of(figure))
+    assert set(bars(without.axes[1])) == {(NONE, "1"), (ALL, "1"), (ALL, "2")}
+    assert set(bars(under.axes[1])) == {(ALL, "2"), (ALL, "4"), (ALL, "8")}
+    assert "1 of 3 runs under a memory limit that they never met" in title_of(without)
+    assert "never met" not in title_of(under)
+
+
+def test_limited_runs_alone_make_no_study_without_a_limit():
+    found = [make(n, b, memory_limit_gib=24.0, allocation_retries=0) for n in (NONE, ALL) for b in (1, 2)]
+    assert all("limited to 24 GiB" in title_of(figure) for figure in drawn(found).values())
+
+
 @pytest.mark.parametrize("absent", [failed, inferred], ids=lambda absent: absent.__name__)
 @pytest.mark.parametrize("order", [1, -1], ids=["before", "after"])
 def test_out_of_memory_counts_before_what_is_not_measured(absent, order):
@@ -424,7 +465,7 @@ def test_runs_with_other_cpus_are_drawn_by_themselves_only_where_these_compute()
         found = [make(n, b, config=config, environment=m) for m in machines for n in (NONE, ALL) for b in (1, 2)]
         named = drawn(found)
         assert len(named) == 3 * groups
-        titles = {figure.get_suptitle() for figure in named.values()}
+        titles = {title_of(figure) for figure in named.values()}
         assert all("CPU cores" in title for title in titles) == (config is OffloadConfig)
 
 
@@ -435,8 +476,8 @@ def test_versions_are_named_where_they_differ():
         for batch in (1, 2)
     ]
     for figure in drawn(found).values():
-        assert "torch 2.11 and 2.12" in figure.get_suptitle()
-        assert "triton" not in figure.get_suptitle()
+        assert "torch 2.11 and 2.12" in title_of(figure)
+        assert "triton" not in title_of(figure)
 
 
 def test_size_without_any_bar_is_on_the_axis():
@@ -564,13 +605,13 @@ def test_predictions_stand_beside_the_runs_they_are_of(rng):
     assert errors == pytest.approx(sorted(100 * (p / m - 1) for p, m in zip(peaks[4:7], peaks[:3])))
     assert left.get_xlabel() == right.get_xlabel() == "measured peak, GiB"
     assert (left.get_ylabel(), right.get_ylabel()) == ("predicted, without a GPU, GiB", "error of the prediction, %")
-    assert "3 peaks" in figure.get_suptitle()
-    assert GPU in figure.get_suptitle()
+    assert "3 peaks" in title_of(figure)
+    assert GPU in title_of(figure)
 
 
 def test_predicted_figure_names_every_machine():
     found = [predicted(ALL, 1), predicted(ALL, 2), make(ALL, 1), make(ALL, 2, gpu="NVIDIA Other")]
-    title = drawn(found)["predicted_vs_measured.png"].get_suptitle()
+    title = title_of(drawn(found)["predicted_vs_measured.png"])
     assert GPU in title
     assert "NVIDIA Other" in title
 
@@ -582,7 +623,7 @@ def test_predicted_figure_shows_all_the_peaks_that_it_counts():
         record["config"] |= {"rope": False}
     figure = drawn([*odd, make(ALL, 1), predicted(ALL, 1)])["predicted_vs_measured.png"]
     points = [tuple(map(float, point)) for line in figure.axes[0].lines for point in zip(*line.get_data())]
-    assert "2 peaks" in figure.get_suptitle()
+    assert "2 peaks" in title_of(figure)
     assert {(3, 4), (2, 2)} < set(points)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [ALL, "other kernels"]
 
@@ -833,5 +874,5 @@ def test_committed_records_can_be_drawn_and_listed(folder, tmp_path):
     shutil.copytree(ROOT / "doc/data" / folder, tmp_path / folder)
     found = records.load_all([tmp_path / folder])
     for figure in drawn(found).values():
-        assert all(bars(axes) for axes in figure.axes) or "peaks" in figure.get_suptitle()
+        assert all(bars(axes) for axes in figure.axes) or "peaks" in title_of(figure)
     assert len(tables.runs_table(found)) == 1 + len(found)

@@ -368,6 +368,15 @@ def test_without_snapshot_and_log_folders_the_record_still_has_the_breakdown(gpu
     assert [path.name for path in tmp_path.iterdir()] == ["result_dir"]
 
 
+def test_breakdown_takes_no_step_if_it_is_not_asked_for(gpu_script):
+    _, record, config, steps = gpu_script(breakdown=False, log_dir="")
+    assert len(steps) == config.warmup + config.iterations + 1
+    assert (record["status"], record["allocation_retries"]) == ("ok", 3)
+    assert record["peak_breakdown"] is record["breakdown_peak_bytes"] is None
+    assert not config.snapshot_file.exists()
+    assert config.run_name == dataclasses.replace(config, breakdown=True).run_name
+
+
 @pytest.mark.parametrize("fail_at", [1, 4], ids=["warm-up", "timed-step"])
 def test_running_out_of_memory_gives_status_3_and_a_record_without_figures(gpu_script, capsys, fail_at):
     status, record, _, _ = gpu_script(fail_at=fail_at)

@@ -165,6 +165,9 @@ BAD_ARGUMENTS = {
 }
 MISTYPED = ["--preset slow", "--optimizer sgd", "--lr_scheduler_type up", "--fetch_layers 2", "--no_such_flag"]
 
+# Runs of a sweep after the first: another batch, another length, and the first's sizes again under another name.
+KEPT = ["--per_device_train_batch_size 3", "--max_seq_len 48", "--num_train_iterations 3", "--max_seq_len 257"]
+
 
 def one_rank_cases():
     cases = {("reference", *of): reference_case(*of, ranks=1) for of in REFERENCES[1]}
@@ -192,6 +195,10 @@ def one_rank_cases():
         "--result_dir {folder}/main --log_dir {folder}/logs"
     )
     cases["shortest"] = case("--num_train_iterations 1 --warmup 0 --result_dir {folder}/shortest")
+    for preset in PRESET_NAMES:
+        line = f"--preset {preset} --num_train_iterations 2 --warmup 1 --result_dir {{folder}}/kept_{preset}"
+        cases["kept", preset] = case(line, then=KEPT)
+        cases["not kept", preset] = case(line.replace("kept", "not_kept"))
     failure = {"rank": 0, "marker": "{folder}/marker"}
     cases["oom"] = case("--preset fast --result_dir {folder}/oom", fails=failure)
     return cases
@@ -490,6 +497,32 @@ def test_out_of_memory_is_a_result(one_rank):
     assert record["error"]["message"] == "CUDA out of memory. Tried to allocate 2.00 GiB."
     assert (record["losses"], result.stderr) == (None, "")
     assert "Out of memory" in result.stdout
+
+
+@PRESETS
+def test_runs_of_a_sweep_share_an_engine_and_go_on_with_its_weights(one_rank, preset):
+    result = one_rank["kept", preset]
+    assert result.engines == 1
+    found = sorted(records.load_all([one_rank.folder / f"kept_{preset}"]), key=lambda r: r["environment"]["date"])
+    found.sort(key=lambda record: record["steps_before"])
+    assert [record["steps_before"] for record in found] == [0, 4, 8, 12]  # each warms up, is timed, and does one more
+    first, batch, length, again = found
+    assert (batch["config"]["batch_size"], length["config"]["seq_length"]) == (3, 48)
+    for record in found:
+        assert (record["status"], record["skipped_steps"]) == ("ok", 0)
+        assert len(record["losses"]) == record["config"]["iterations"]
+        assert all(5 < loss < 8 for loss in record["losses"])  # ln 499 is 6.2
+        # What is the process's own was not this run's.
+        assert (record["host_peak_bytes"] is None) == (record is not first)
+    assert batch["model_flops_per_step"] * 2 == first["model_flops_per_step"] * 3
+    # The first is as any other; the last trains on its tokens again.
+    (fresh,) = records.load_all([one_rank.folder / f"not_kept_{preset}"])
+    for name in ("losses", "grad_norm", "steps_before", "implementations"):
+        assert first[name] == fresh[name]
+    assert again["losses"][0] < first["losses"][-1]
+    # A length that the model cannot take is refused although there is an engine.
+    assert result.status == 2
+    assert_one_error_line(result.stderr, "256 positions")
 
 
 def test_only_rank_0_writes_and_prints(two_ranks):

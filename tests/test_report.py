@@ -10,9 +10,10 @@ import torch
 from doc import build, evidence, office, report_tables
 from doc.evidence import ALL_KERNELS, NO_KERNELS, Shape, holds
 from src import study
-from src.config import UsageError
+from src.config import RunConfig, UsageError
 from src.utils import GIB
 from tests.helpers import ROOT, run_python
+from tests.made_up import ALL, NO_FLCE, NONE, make, out_of_memory
 
 DEFAULT_RUN = "h100_single_gpu/bs8_seq1024_ropeTrue_siluTrue_rmsTrue_flceTrue.json"
 
@@ -158,6 +159,82 @@ def test_study_counts_the_cells_it_lacks(rng):
     part = evidence.studies()[0]
     fewer = evidence.Study(part.setting, dict(rng.sample(list(part.cells.items()), len(part.cells) - 3)))
     assert fewer.missing == part.missing + 3 == len(study.GRID) - len(fewer.cells)
+
+
+def rows_of(table):
+    header, _, *rows = ([cell.strip() for cell in line[1:-1].split(" | ")] for line in table.splitlines())
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_repeated_cells_are_compared_with_those_before(rng):
+    few, many = rng.sample(range(1, 16), 2), rng.sample(range(16, 99), 2)
+    factors = {batch: rng.uniform(0.5, 2) for batch in (*few, *many)}
+    pairs = [
+        (make(ALL, batch, seconds=[1.0] * 3, peak=2 * GIB), make(ALL, batch, seconds=[factor] * 3, peak=2 * GIB))
+        for batch, factor in factors.items()
+    ]
+    pairs[0][1]["peak_memory_bytes"] = 3 * GIB
+    (row,) = rows_of(report_tables.repeats([evidence.Repeat("these", pairs)]))
+    name, count, peak, *times = row.values()
+    assert (name, count, peak) == ("these", "4", "50.00%")
+    for text, batches in zip(times, (many, few)):
+        changes = sorted(factors[batch] - 1 for batch in batches)
+        assert text == f"{changes[0]:+.0%} to {changes[1]:+.0%}"
+
+
+def test_runs_measured_again_are_those_of_the_same_settings_and_machine(data):
+    counts = {repeat.title: len(repeat.pairs) for repeat in evidence.repeats()}
+    assert counts == {
+        "offload, preset seed": 5,
+        "offload, preset fast": 5,
+        "one GPU": 15,
+        "one GPU, no checkpointing": 13,
+    }
+    (data / "h100_single_gpu" / "bs1_seq1024_ropeTrue_siluTrue_rmsTrue_flceTrue.json").unlink()
+    fewer = {repeat.title: len(repeat.pairs) for repeat in evidence.repeats()}
+    assert fewer == counts | {"one GPU": 14}
+
+
+def test_frontiers_show_each_setting_with_all_memory_and_under_its_limit():
+    found = [make(ALL, 8), make(NONE, 4), out_of_memory(NONE, 8), make(ALL, 4, 2048)]
+    limited = [make(ALL, 4), out_of_memory(ALL, 8)]
+    studies = [
+        evidence.Study(study.Setting(RunConfig(memory_limit_gib=limit), "GPU"), {study.cell(r): r for r in runs})
+        for limit, runs in ((None, found), (24.0, limited))
+    ]
+    shown = {row["kernels"]: list(row.values())[2:] for row in rows_of(report_tables.frontiers(studies))}
+    nothing = "not measured"
+    assert shown == {
+        NONE: ["4 (8: OOM)", "1,024 (none larger measured)", nothing, nothing],
+        NO_FLCE: 4 * [nothing],
+        ALL: ["8 (none larger measured)", "2,048 (none larger measured)", "4 (8: OOM)", "1,024 (none larger measured)"],
+    }
+
+
+def test_predictions_made_after_the_measurement_are_not_called_blind(data):
+    blind = evidence.blind_errors()
+    assert len(blind) == 33
+    path = data / "study" / "predicted_single_gpu" / "bs8_seq1024_ropeTrue_siluTrue_rmsTrue_flceTrue_dryrun1.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"peak_memory_bytes": 2 * record["peak_memory_bytes"]}))
+    assert max(evidence.blind_errors()) == pytest.approx(1, abs=0.001)
+    record["environment"]["date"] = "2126-01-01T00:00:00+00:00"
+    path.write_text(json.dumps(record))
+    assert len(evidence.blind_errors()) == 32
+
+
+def test_wrong_verdicts_on_what_fits_are_found(data):
+    before = evidence.verdicts()
+    assert {r["config"]["memory_limit_gib"] for r in before.measured} == {24}
+    assert {r["mode"] for r in before.measured} == {"measured"}
+    name = "bs8_seq1024_ropeTrue_siluTrue_rmsTrue_flceTrue_limit24_dryrun1.json"
+    path = data / "study" / "predicted_single_gpu" / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "oom"}))
+    after = evidence.verdicts()
+    assert len(after.measured) == len(before.measured)
+    assert {r["run_name"] for r in after.wrong} - {r["run_name"] for r in before.wrong} == {
+        "bs8_seq1024_ropeTrue_siluTrue_rmsTrue_flceTrue_warmup2_limit24"
+    }
 
 
 def test_tables_keep_their_cells_and_get_widths():

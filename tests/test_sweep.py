@@ -10,6 +10,7 @@ import faulthandler
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -622,6 +623,134 @@ def test_measured_cell_beyond_one_that_ran_out_of_memory_stays(script):
         8: "inferred",
     }
     assert script.by_batch()[4]["status"] == "ok"
+
+
+# Cells that ran under a memory limit
+
+LIMITED = ("batch_size=1,2,4,8", "strategy=all", "--memory_limit_gib=24")
+FREE = LIMITED[:2]
+
+
+def limited_card(retries):
+    """A card whose runs under a limit try so many allocations again: batch size -> count; None runs out of memory."""
+
+    def behave(config):
+        count = retries[config.batch_size] if config.memory_limit_gib else 0
+        return run_out_of_memory(config) if count is None else finish(config, allocation_retries=count)
+
+    return behave
+
+
+def test_run_that_never_met_its_limit_answers_for_the_one_without(script):
+    script.behave = limited_card({1: 0, 2: 0, 4: 3, 8: None})
+    assert script(*LIMITED)[0] == 0
+    before = {path: path.read_bytes() for path in script.results.iterdir()}
+    script.forget()
+    status, stdout, stderr = script(*FREE)
+    assert (status, stderr) == (0, "")
+    assert "2 of 4 cells have a record already, 2 of them under a memory limit that they never met" in stdout
+    sizes = [re.match(r"bs(\d+)_", name)[1] for name in script.ran()]
+    assert sizes == ["4", "8"]
+    assert not any("limit" in name for name in script.ran())
+    assert before.items() <= {path: path.read_bytes() for path in script.results.iterdir()}.items()
+    # The other way round nothing is known: a run without a limit does not say what it would have done under one.
+    script.forget()
+    assert script(*LIMITED[:2], "--memory_limit_gib=23")[0] == 0
+    assert len(script.ran()) == 4
+
+
+@pytest.mark.parametrize(
+    "flags", ["--dtype=fp32", "--seed=7", "--gradient_checkpointing=0", "--iterations=3", "--model_name=tiny-llama"]
+)
+def test_run_under_a_limit_answers_only_for_its_own_settings(script, flags):
+    script.behave = limited_card(dict.fromkeys((1, 2, 4, 8), 0))
+    assert script(*LIMITED, flags)[0] == 0
+    script.forget()
+    assert script(*FREE)[0] == 0
+    assert len(script.ran()) == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"schema": 1}', b"[]"], ids=bytes.decode)
+def test_other_files_among_the_results_answer_for_nothing(script, content):
+    script.results.mkdir()
+    (script.results / "bs1_limit24.json").write_bytes(content)
+    assert script(*FREE)[0] == 0
+    assert len(script.ran()) == 4
+
+
+def test_run_that_counted_no_retries_answers_for_nothing(script):
+    assert script(*LIMITED)[0] == 0  # the records of `finish` do not say
+    script.forget()
+    assert script(*FREE)[0] == 0
+    assert len(script.ran()) == 4
+
+
+# A script whose runs share what they build
+
+
+@pytest.fixture
+def sharing(script):
+    """`pids()` gives size and process of each cell that ran, in their order."""
+
+    def main_of_sweep():
+        return script.main
+
+    sys.modules["fake_script"].main_of_sweep = main_of_sweep
+    journal, behave = script.folder / "pids", script.behave
+
+    def note(config):
+        with journal.open("a") as file:
+            file.write(f"{config.strategy.title} {config.batch_size} {os.getpid()}\n")
+        return script.inner(config)
+
+    script.inner, script.behave = behave, note
+    script.pids = lambda: [line.rsplit(" ", 2) for line in journal.read_text().splitlines()]
+    return script
+
+
+def test_cells_that_differ_in_size_alone_share_a_process(sharing):
+    assert sharing("batch_size=1,2,4", "strategy=none,all")[0] == 0
+    by_strategy = {name: {pid for other, _, pid in sharing.pids() if other == name} for name, *_ in sharing.pids()}
+    assert [len(pids) for pids in by_strategy.values()] == [1, 1]
+    assert len(set.union(*by_strategy.values())) == 2
+    sharing.forget()
+    assert sharing("batch_size=1,2", "seq_length=64", "strategy=all", "--seed=1")[0] == 0
+    assert len({pid for *_, pid in sharing.pids()[6:]}) == 1
+
+
+@pytest.mark.parametrize("ending", ["segmentation fault", "exception", "hangs", "exit of the process", "out of memory"])
+def test_what_one_cell_leaves_behind_is_not_the_next_ones(sharing, ending):
+    act = run_out_of_memory if ending == "out of memory" else ENDINGS[ending][0]
+    sharing.inner = lambda config: act(config) if config.batch_size == 2 else finish(config)
+    sharing("batch_size=1,2,3", "strategy=all", "--timeout_s", "2", "--every_cell")
+    one, two, three = (pid for *_, pid in sharing.pids())
+    assert one == two != three
+    assert sharing.by_batch()[3]["status"] == "ok"
+
+
+def test_shared_process_ends_with_its_sweep(sharing):
+    assert sharing("batch_size=1,2", "strategy=all")[0] == 0
+    pid = int(sharing.pids()[0][-1])
+    wait_until(lambda: not is_alive(pid))
+
+
+def interrupt_while_forking():
+    """Whether an interruption that comes in the midst of a fork ends what called it."""
+    os.register_at_fork(before=lambda: os.kill(os.getpid(), signal.SIGINT))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if sweep._fork() == 0:
+            os._exit(0)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def test_interruption_during_a_fork_is_heard():
+    pid = os.fork()  # hooks of forks stay for good
+    if pid == 0:
+        os._exit(0 if interrupt_while_forking() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 # Interrupted sweeps
