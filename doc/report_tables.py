@@ -141,7 +141,7 @@ def repeats(found: Sequence[Any]) -> str:
     for repeat in found:
         few, many = (repeat.changes(tokens) for tokens in (range(MANY_TOKENS), range(MANY_TOKENS, MAX_TOKENS)))
         rows.append([repeat.title, str(len(repeat.pairs)), f"{repeat.peak_difference:.2%}", _range(many), _range(few)])
-    many, few = f"ms, {MANY_TOKENS:,} tokens or more", "ms, fewer tokens"
+    many, few = f"step time, {MANY_TOKENS:,} tokens or more", "step time, fewer"
     return markdown(["settings", "cells", "peak, largest difference", many, few], rows)
 
 
