@@ -84,7 +84,7 @@ def recording(record: dict[str, Any], config: RunConfig, *, keeps: bool = True) 
     failure, because the launcher ends the others.
     """
     if keeps:
-        _check_folders(config)
+        check_folders(config)
     watch, started = OutOfMemoryWatch(), time.time()
     if record["mode"] == "measured" and torch.cuda.is_available():
         watch.attach()
@@ -137,7 +137,8 @@ def _error(error: BaseException) -> dict[str, Any]:
     return {"type": type(error).__name__, "message": first_line(error)}
 
 
-def _check_folders(config: RunConfig) -> None:
+def check_folders(config: RunConfig) -> None:
+    """Make the folders that a run writes to. Raises `UsageError` if it cannot write there."""
     plans = config.dry_run or config.find_max is not None
     needed = {"result_dir": True, "snapshot_dir": not config.find_max, "log_dir": not plans}
     for name in (name for name in needed if needed[name]):

@@ -38,6 +38,7 @@ from src import records, study
 from src.cli import parse_config, run
 from src.config import STRATEGIES, RunConfig, Strategy, UsageError, config_of
 from src.ranks import die_with_parent, ending_of
+from src.recording import check_folders
 from src.utils import GIB, ExitStatus, error_line
 
 _BATCH = {"seq_length": [str(study.FIXED_LENGTH)], "batch_size": [str(size) for size in study.BATCH_SIZES]}
@@ -144,6 +145,8 @@ class Sweep:
         done = self._ran_under_a_limit() | own
         self._check_machine(done)
         waiting = [cell for cell in self._cells if cell.config.run_name not in done]
+        for cell in waiting:
+            check_folders(cell.config)
         if done:
             limited = len(done) - len(own)
             note = f", {limited} of them under a memory limit that they never met" if limited else ""
@@ -221,7 +224,6 @@ class Sweep:
         """Run a cell and read its record; if it left none, write one that says what happened."""
         started = time.time()
         log = cell.config.record_file.with_suffix(".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
         rank, ending = self._run(cell, log)
         mode = "predicted" if cell.config.dry_run else {"cuda": "measured", "cpu": "interpreted"}[cell.config.device]
         record = _record_since(started, cell.config)
@@ -508,6 +510,9 @@ def main() -> int:
     except UsageError as error:
         error_line(error)
         return ExitStatus.BAD_ARGUMENTS
+    except OSError as error:
+        error_line(f"{error}; the same command goes on where this one was")
+        return ExitStatus.FAILED
     except KeyboardInterrupt:
         error_line("interrupted; the same command goes on where this one was")
         return ExitStatus.INTERRUPTED

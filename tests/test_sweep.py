@@ -6,6 +6,7 @@ in place of the real one: no GPU, and a process starts in a moment. The last tes
 
 import contextlib
 import dataclasses
+import errno
 import faulthandler
 import itertools
 import json
@@ -928,6 +929,42 @@ def test_records_of_another_gpu_are_refused(script, monkeypatch, status):
     assert {path: path.read_bytes() for path in script.results.iterdir()} == before
     # Another grid has no cell in common with what was measured there.
     assert script("batch_size=3", "strategy=all")[0] == 0
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_folder_that_cannot_be_written_is_one_line_before_anything_runs(script, folder):
+    (script.folder / "file").write_text("kept")
+    status, stdout, stderr = script("batch_size=1,2", "strategy=all", f"--result_dir={folder}")
+    assert (status, stdout) == (2, "")
+    assert_one_error_line(stderr, "--result_dir: cannot write to")
+    assert not script.ran()
+    assert (script.folder / "file").read_text() == "kept"
+
+
+def test_disk_that_fills_up_ends_the_sweep_in_one_line_and_loses_nothing(script, monkeypatch):
+    full, save = script.folder / "full", records.save
+
+    def save_if_there_is_room(record, path):
+        if full.exists():
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(record, path)
+
+    def fill_up(config):
+        if config.batch_size == 2:
+            full.touch()
+        return finish(config)
+
+    monkeypatch.setattr(records, "save", save_if_there_is_room)
+    script.behave = fill_up
+    status, _, stderr = script("batch_size=1,2,3", "strategy=all")
+    assert status == 1
+    assert_one_error_line(stderr, "No space left on device")
+    assert list(script.by_batch()) == [1]
+    full.unlink()
+    script.behave = finish
+    script.forget()
+    assert script("batch_size=1,2,3", "strategy=all")[0] == 0
+    assert len(script.ran()) == 2
 
 
 def test_gpu_that_cannot_be_used_is_one_line(script, monkeypatch):
