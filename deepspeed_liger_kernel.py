@@ -99,7 +99,7 @@ def main(config: OffloadConfig, build: Build = build_engine) -> int:
     runtime = CudaRuntime(config) if on_gpu else HostRuntime()
     record = new_record("measured" if on_gpu else "interpreted", config, device)
     with recording(record, config, keeps=is_rank0()):
-        runtime.release_cache()  # what the run before has left in it
+        runtime.release_cache()  # of the run before, in a sweep
         runtime.reset_peak()
         experiment = build_experiment(config, runtime, build)
         steps_before, skipped_before = experiment.steps_done

@@ -125,7 +125,7 @@ def _table(grouped: Runs, predictions: dict[tuple, int], budget: int) -> str:
             for strategy in STRATEGIES:
                 own = grouped.get((setting, strategy, gpu), [])
                 predicted = [predictions.get((setting, strategy, line.field, budget)) for line in LINES]
-                if gpu and not own and predicted == [None, None]:
+                if gpu and not own and set(predicted) == {None}:
                     continue
                 rows.append(
                     [

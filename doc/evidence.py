@@ -4,9 +4,9 @@ A record that is not there, or a sentence whose condition the records no longer 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -109,8 +109,13 @@ class Study:
     def frontier(self, strategy: Strategy) -> tuple[int, int] | None:
         """The largest batch at 1024 tokens that ran, and the smallest that ran out of memory; None if none did."""
         by_batch, _ = original.LINES
-        fits, too_large = original.frontier(original.Column(self.title, self.cells), strategy.title, by_batch)
+        fits, too_large = original.frontier(self.column, strategy.title, by_batch)
         return (max(fits), min(too_large)) if fits and too_large else None
+
+    @property
+    def column(self) -> original.Column:
+        """Its cells, to be set beside others'."""
+        return original.Column(self.title, self.cells)
 
     @property
     def is_limited(self) -> bool:
@@ -125,15 +130,14 @@ class Study:
 
 def studies() -> list[Study]:
     """The runs below doc/data/study, those together that can be drawn together, the nearest to the original first."""
-    found = study.studies(records.load_all([DATA / "study"]))
-    return [Study(setting, found[setting]) for setting in sorted(found, key=lambda s: study.distance(s, found[s]))]
+    return [Study(*item) for item in study.studies(records.load_all([DATA / "study"])).items()]
 
 
-def study_with(config: RunConfig) -> Study:
+def study_with(config: RunConfig, among: Sequence[Study]) -> Study:
     """The study with these settings. Raises `UsageError` if there is none."""
-    for found in studies():
-        if found.setting.config == config:
-            return found
+    for part in among:
+        if part.setting.config == config:
+            return part
     raise UsageError(f"doc/data/study has no study with these settings: {config.script}{config.settings_name}")
 
 
@@ -158,11 +162,11 @@ class Repeat:
         ]
 
 
-def repeats() -> list[Repeat]:
+def repeats(among: Sequence[Study]) -> list[Repeat]:
     """What the studies measured again of folders whose runs had a machine for themselves."""
     before = study.studies([*folder("h100_single_gpu").records, *folder("h100_offload").records])
     found = []
-    for again in studies():
+    for again in among:
         cells = before.get(again.setting, {})
         pairs = [(cells[cell], record) for cell, record in again.cells.items() if cell in cells]
         ran = [pair for pair in pairs if all(record["status"] == "ok" for record in pair)]
@@ -240,13 +244,32 @@ class Prediction:
     error: float  # relative
 
 
-def blind_errors() -> list[float]:
-    """Errors of the study's peaks that were predicted before they were measured, relative and without their signs."""
-    return [
-        abs(prediction["peak_memory_bytes"] / run["peak_memory_bytes"] - 1)
-        for prediction, run in predicted_and_measured(records.load_all([DATA / "study"]))
-        if prediction["environment"]["date"] < run["environment"]["date"]
-    ]
+class Errors(NamedTuple):
+    """Errors of the study's predicted peaks, relative, without their signs."""
+
+    every: list[float]
+    blind: list[float]  # of those that no GPU had measured when they were predicted
+
+
+def study_errors() -> Errors:
+    """Of the peaks below doc/data/study. One measured under a memory limit is measured."""
+    first: dict[tuple[RunConfig, study.Cell], str] = {}  # experiment -> when its peak was first measured
+    for run in records.load_all([DATA]):
+        if run["mode"] == "measured" and run["status"] == "ok":
+            place, date = _whatever_limit(run), run["environment"]["date"]
+            first[place] = min(first.get(place, date), date)
+    errors = Errors([], [])
+    for prediction, run in predicted_and_measured(records.load_all([DATA / "study"])):
+        error = abs(prediction["peak_memory_bytes"] / run["peak_memory_bytes"] - 1)
+        errors.every.append(error)
+        if prediction["environment"]["date"] < first[_whatever_limit(run)]:
+            errors.blind.append(error)
+    return errors
+
+
+def _whatever_limit(record: Record) -> tuple[RunConfig, study.Cell]:
+    config, cell = study.experiment(record)
+    return dataclasses.replace(config, memory_limit_gib=None), cell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,14 +283,10 @@ class Verdicts:
 def verdicts() -> Verdicts:
     """Cells that ran under a memory limit or ran out of it, and of which there is a prediction under the same limit."""
     found = records.load_all([DATA / "study"])
-    predicted = {_limited_cell(r): r["status"] for r in found if r["mode"] == "predicted"}
+    predicted = {study.experiment(r): r["status"] for r in found if r["mode"] == "predicted"}
     runs = [r for r in found if r["mode"] == "measured" and r["config"]["memory_limit_gib"] is not None]
-    runs = [r for r in runs if _limited_cell(r) in predicted]
-    return Verdicts(runs, [r for r in runs if r["status"] != predicted[_limited_cell(r)]])
-
-
-def _limited_cell(record: Record) -> tuple[RunConfig, study.Cell]:
-    return study.settings(config_of(record)), study.cell(record)
+    runs = [r for r in runs if study.experiment(r) in predicted]
+    return Verdicts(runs, [r for r in runs if r["status"] != predicted[study.experiment(r)]])
 
 
 def predictions() -> list[Prediction]:

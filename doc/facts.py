@@ -5,10 +5,11 @@ tokens with gradient checkpointing on one GPU unless the name says otherwise.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from doc import evidence, original, report_tables, tables
-from doc.evidence import ALL_KERNELS, NO_FLCE, NO_KERNELS, Folder, Record, Shape
+from doc.evidence import ALL_KERNELS, NO_FLCE, NO_KERNELS, Folder, Record, Shape, Study
 from src import study
 from src.config import STRATEGIES, RunConfig, Strategy, config_of
 from src.figures import setting_words
@@ -22,7 +23,8 @@ MODELS = tuple(map(Shape, ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B",
 
 def context() -> dict[str, Any]:
     """Every name that a template may use, but for the filters."""
-    return {**_one_gpu(), **_peaks(), **_offload(), **_documents()}
+    studies = evidence.studies()
+    return {**_one_gpu(), **_peaks(), **_offload(studies), **_documents(studies)}
 
 
 def by_batch(folder: Folder, checkpointing: bool) -> list[Record]:
@@ -62,10 +64,9 @@ def ladder() -> list[tuple[str, Record | None]]:
     ]
 
 
-def beside_the_original() -> list[tuple[study.Cell, Record, Record]]:
+def beside_the_original(studies: Sequence[Study]) -> list[tuple[study.Cell, Record, Record]]:
     """Cells at 1024 tokens of which the original study published a peak, and those of ours under its settings."""
-    ours = evidence.study_with(original.OFFLOAD["seed"])
-    columns = original.original(), original.Column(ours.title, ours.cells)
+    columns = original.original(), evidence.study_with(original.OFFLOAD["seed"], studies).column
     cells = [cell for cell in study.GRID if cell.seq_length == study.FIXED_LENGTH]
     return [(cell, *peaks) for cell in cells if all(peaks := [column.ran(cell) for column in columns])]
 
@@ -161,13 +162,13 @@ def _loss_blocks(name: str) -> list[int]:
     return [block.size for block in evidence.snapshot(name).at_peak() if block.category == "logits_and_loss"]
 
 
-def _offload() -> dict[str, Any]:
+def _offload(studies: Sequence[Study]) -> dict[str, Any]:
     offload, h200 = evidence.folder("h100_offload"), evidence.folder("h200_offload")
     published = original.original().cells
     hf_4, hf_8 = (published[study.Cell(NO_KERNELS.title, b, 1024)]["peak_memory_bytes"] for b in (4, 8))
     seed_4, seed_32 = (offload.run(NO_KERNELS, preset="seed", batch_size=b)["peak_memory_bytes"] for b in (4, 32))
-    beside = beside_the_original()
-    limited = evidence.study_with(dataclasses.replace(original.OFFLOAD["seed"], memory_limit_gib=original.CARD_GIB))
+    beside = beside_the_original(studies)
+    limited = dataclasses.replace(original.OFFLOAD["seed"], memory_limit_gib=original.CARD_GIB)
     ratios = [
         ours["peak_memory_bytes"] / theirs["peak_memory_bytes"]
         for cell, theirs, ours in beside
@@ -178,7 +179,7 @@ def _offload() -> dict[str, Any]:
     return {
         "presets": presets(offload),
         "originals": beside,
-        "agreement": original.agreement(original.original(), original.Column(limited.title, limited.cells)),
+        "agreement": original.agreement(original.original(), evidence.study_with(limited, studies).column),
         "originals_all_off": max(abs(ratio - 1) for ratio in ratios),
         "seed_4": offload.run(preset="seed", batch_size=4),
         "fast_4": offload.run(preset="fast", batch_size=4),
@@ -196,21 +197,20 @@ def _offload() -> dict[str, Any]:
     }
 
 
-def _documents() -> dict[str, Any]:
-    found, studies = evidence.predictions(), evidence.studies()
+def _documents(studies: Sequence[Study]) -> dict[str, Any]:
     return {
-        "predictions": report_tables.errors(found),
+        "predictions": report_tables.errors(evidence.predictions()),
         "study": [part for part in studies if not part.is_limited],
-        "frontiers": studies,
-        "repeats": evidence.repeats(),
-        "blind": evidence.blind_errors(),
+        "studies": studies,
+        "repeats": evidence.repeats(studies),
+        "study_errors": evidence.study_errors(),
         "verdicts": evidence.verdicts(),
         "two_gpus": evidence.folder("h100_two_gpus").records,
         "batches": study.BATCH_SIZES,
         "lengths": study.SEQ_LENGTHS,
         "cells": len(study.GRID),
-        "seed_study": evidence.study_with(original.OFFLOAD["seed"]),
-        "gpu_study": evidence.study_with(RunConfig()),
+        "seed_study": evidence.study_with(original.OFFLOAD["seed"], studies),
+        "gpu_study": evidence.study_with(RunConfig(), studies),
         "tables": report_tables,
         "measured": tables.load_all(evidence.DATA, None),
         "setting_words": setting_words,

@@ -83,11 +83,9 @@ def original() -> Column:
 def ours(runs: Sequence[Record], limit_gib: float | None = None) -> dict[str, Column]:
     """Preset -> the fullest of our studies with it; under a memory limit if one is given."""
     wanted = {dataclasses.replace(config, memory_limit_gib=limit_gib): name for name, config in OFFLOAD.items()}
-    studies = study.studies(runs)
     columns: dict[str, Column] = {}
-    for setting in sorted(studies, key=lambda setting: study.distance(setting, studies[setting])):
-        if setting.config in wanted:
-            cells, preset = studies[setting], wanted[setting.config]
+    for setting, cells in study.studies(runs).items():
+        if preset := wanted.get(setting.config):
             title = f"{study.gpu_name(next(iter(cells.values())))}, {preset}"
             columns.setdefault(preset, Column(title, cells))
     return columns
@@ -289,7 +287,7 @@ def agreement(published: Column, column: Column) -> str:
     common = [cell for cell in study.GRID if cell in published.cells and cell in column.cells]
     other = [cell for cell in common if bool(published.ran(cell)) != bool(column.ran(cell))]
     told = [f"{cell.strategy}, {_sizes(cell[1:])} {'fits' if column.ran(cell) else 'does not'}" for cell in other]
-    return f"{'; '.join([f'the same in {len(common) - len(other)} of {len(common)}', *told])}"
+    return "; ".join([f"the same in {len(common) - len(other)} of {len(common)}", *told])
 
 
 def _gains(column: Column) -> str:

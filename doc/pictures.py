@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from doc import evidence, facts
-from doc.evidence import ALL_KERNELS, NO_FLCE, NO_KERNELS, Folder
+from doc.evidence import ALL_KERNELS, NO_FLCE, NO_KERNELS, Folder, Study
 from doc.facts import BATCHES, MODELS
 from src import figures, memory_plot, study
 from src.config import Strategy
@@ -37,10 +37,11 @@ def all_figures() -> Iterator[tuple[str, Figure]]:
         yield f"{name}.png", _smaller(figures.comparison(cells, THREE, axis))
     yield "kernels_alone.png", kernels_alone(h100)
     yield "offload_steps.png", offload_steps(offload)
-    yield "original.png", original()
+    studies = evidence.studies()
+    yield "original.png", original(studies)
     yield "ladder.png", ladder()
     yield "predictions.png", predictions(h100.gpu)
-    for part in evidence.studies():
+    for part in studies:
         if not part.is_limited:
             yield from ((name, _smaller(figure)) for name, figure in part.figures())
 
@@ -307,9 +308,9 @@ def ladder() -> Figure:
     return drawing
 
 
-def original() -> Figure:
+def original(studies: Sequence[Study]) -> Figure:
     """Peaks the original study published beside ours under its settings."""
-    cells = [row for row in facts.beside_the_original() if row[0].strategy != NO_FLCE.title]
+    cells = [row for row in facts.beside_the_original(studies) if row[0].strategy != NO_FLCE.title]
     drawing, axes = _figure(10, 3.8)
     gpus = ("original study, RTX 4090", f"ours, {study.gpu_name(cells[0][2])}")
     for i, (name, colour) in enumerate(zip(gpus, ("#b0b0b0", "#1f3a5f"))):

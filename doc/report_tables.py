@@ -141,8 +141,8 @@ def repeats(found: Sequence[Any]) -> str:
     for repeat in found:
         few, many = (repeat.changes(tokens) for tokens in (range(MANY_TOKENS), range(MANY_TOKENS, MAX_TOKENS)))
         rows.append([repeat.title, str(len(repeat.pairs)), f"{repeat.peak_difference:.2%}", _range(many), _range(few)])
-    many, few = f"step time, {MANY_TOKENS:,} tokens or more", "step time, fewer"
-    return markdown(["settings", "cells", "peak, largest difference", many, few], rows)
+    times = f"step time, {MANY_TOKENS:,} tokens or more", "step time, fewer"
+    return markdown(["settings", "cells", "peak, largest difference", *times], rows)
 
 
 def _range(changes: Sequence[float]) -> str:
@@ -160,8 +160,8 @@ def frontiers(found: Sequence[Any]) -> str:
         for strategy in STRATEGIES:
             cells = []
             for limit in (None, *limits):
-                study = by_config.get(dataclasses.replace(config, memory_limit_gib=limit))
-                column = Column("", study.cells if study else {})
+                limited = by_config.get(dataclasses.replace(config, memory_limit_gib=limit))
+                column = limited.column if limited else Column("", {})
                 cells += [bracket(*frontier(column, strategy, line)) for line in LINES]
             rows.append([part.short_title, strategy, *cells])
     memory = ("all memory", *(f"{limit:g} GiB" for limit in limits))

@@ -53,10 +53,10 @@ def all_figures(found: Sequence[Record]) -> Iterator[tuple[str, Figure]]:
 
     The study nearest to the original's has the original's file names; the others add their settings to them.
     """
-    studies = study.studies(found)
-    drawn = {setting: figures for setting, cells in studies.items() if (figures := dict(_figures_of(cells)))}
-    for i, setting in enumerate(sorted(drawn, key=lambda setting: study.distance(setting, studies[setting]))):
-        for name, figure in drawn[setting].items():
+    studies = study.studies(found).items()
+    drawn = {setting: figures for setting, cells in studies if (figures := dict(_figures_of(cells)))}
+    for i, (setting, named) in enumerate(drawn.items()):
+        for name, figure in named.items():
             yield f"{name}{f'_{setting.name}' if i else ''}.png", figure
     pairs = predicted_and_measured(found)
     if pairs:
@@ -227,16 +227,11 @@ def _differing_versions(group: Sequence[Record]) -> list[str]:
 
 def predicted_and_measured(found: Sequence[Record]) -> list[tuple[Record, Record]]:
     """Predictions beside the measured runs they are of."""
-
-    def key(record: Record) -> tuple[RunConfig, Cell]:
-        return study.settings(config_of(record)), study.cell(record)
-
-    predictions = {
-        key(r): r for r in found if r["mode"] == "predicted" and r["peak_memory_bytes"] and not r["frontier"]
-    }
+    peaks = [r for r in found if r["mode"] == "predicted" and r["peak_memory_bytes"] and not r["frontier"]]
+    predictions = {study.experiment(r): r for r in peaks}
     runs = [r for r in found if r["mode"] == "measured" and r["status"] == "ok" and r["script"] == "all_gpu"]
     measured = [study.without_its_limit(r) or r for r in runs]
-    return [(predictions[key(r)], r) for r in measured if key(r) in predictions]
+    return [(predictions[place], r) for r in measured if (place := study.experiment(r)) in predictions]
 
 
 def predicted_figure(pairs: Sequence[tuple[Record, Record]]) -> Figure:

@@ -86,7 +86,7 @@ def is_measured(record: Record) -> bool:
 
 
 def studies(found: Iterable[Record]) -> dict[Setting, dict[Cell, Record]]:
-    """The measured records by what they have in common, one for each cell.
+    """The measured records by what they have in common, one for each cell; those nearest to the original's first.
 
     A study without a memory limit also takes the runs under one that never met it.
     """
@@ -97,7 +97,12 @@ def studies(found: Iterable[Record]) -> dict[Setting, dict[Cell, Record]]:
     for record in filter(None, map(without_its_limit, measured)):
         if _setting(record) in grouped:
             _add(record, grouped[_setting(record)])
-    return grouped
+    return {setting: grouped[setting] for setting in sorted(grouped, key=lambda s: distance(s, grouped[s]))}
+
+
+def experiment(record: Record) -> tuple[RunConfig, Cell]:
+    """What a record is of, on whatever machine: the same for a prediction and the run that it is of."""
+    return settings(config_of(record)), cell(record)
 
 
 def _setting(record: Record) -> Setting:

@@ -70,14 +70,14 @@ def test_readme_says_how_long_the_study_took():
 
 
 def test_readme_states_how_the_study_was_predicted():
-    blind, verdicts = evidence.blind_errors(), evidence.verdicts()
+    errors, verdicts = evidence.study_errors(), evidence.verdicts()
     told = len(verdicts.measured) - len(verdicts.wrong)
     stated = " ".join(README.split())
     assert (
-        f"{len(blind)} peaks of the study were predicted before they were measured; their largest error is " in stated
+        f"Over {len(errors.every)} peaks of the study's grids the largest error is {max(errors.every):.3%};" in stated
     )
-    assert f"largest error is {max(blind):.3%}. Whether" in stated
-    assert f"of {len(verdicts.measured)} cells run under 24 GiB the dry run told {told} right" in stated
+    assert f"; {len(errors.blind)} of them no GPU had measured when they were predicted" in stated
+    assert f"of {len(verdicts.measured)} cells that an H100 ran under 24 GiB, the dry run tells {told} right" in stated
 
 
 def test_readme_says_where_two_gpus_were_measured():
