@@ -25,7 +25,7 @@ import torch
 from src import floor, interpreter, ranks, records
 from src.attribution import record_breakdown
 from src.cli import parse_config, run
-from src.config import OffloadConfig, UsageError
+from src.config import OffloadConfig
 from src.ds_utils import (
     KeptEngine,
     OffloadExperiment,
@@ -44,7 +44,7 @@ from src.profiler import trace_step, write_tensorboard
 from src.random_data import micro_batches, set_seed
 from src.recording import add_measurement, add_phases, new_record, recording
 from src.runtime import CudaRuntime, HostRuntime, Runtime, host_peak_bytes
-from src.utils import is_rank0, keep_out_of_garbage_collection, print_rank0
+from src.utils import UsageError, is_rank0, keep_out_of_garbage_collection, print_rank0
 
 DEFAULTS = OffloadConfig()
 Build = Callable[[OffloadConfig, torch.device], Any]  # makes DeepSpeed's engine

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TextIO
 
 from src import figures, records, tables
-from src.config import UsageError
-from src.utils import ExitStatus, error_line
+from src.utils import ExitStatus, UsageError, error_line
 
 STUDY = Path(__file__).parent / "doc" / "data" / "study"
 

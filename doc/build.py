@@ -29,8 +29,7 @@ from PIL import Image  # comes with matplotlib
 
 from doc import evidence, facts, office, pictures, tables
 from doc.evidence import ROOT
-from src.config import UsageError
-from src.utils import ExitStatus, error_line, write_atomically
+from src.utils import ExitStatus, UsageError, error_line, write_atomically
 
 DOC = ROOT / "doc"
 

@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 
 from doc import original
 from src import records, study
-from src.config import PRESETS, STRATEGIES, OffloadConfig, RunConfig, Strategy, UsageError, config_of
+from src.config import PRESETS, STRATEGIES, OffloadConfig, RunConfig, Strategy, config_of
 from src.figures import all_figures, predicted_and_measured, setting_words
 from src.model_utils import load_model_config, parameter_counts
 from src.snapshot import Timeline, read
 from src.study import Record
-from src.utils import GIB, MIB, next_power_of_two
+from src.utils import GIB, MIB, UsageError, next_power_of_two
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "doc" / "data"

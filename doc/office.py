@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from src.config import UsageError
+from src.utils import UsageError
 
 PROGRAMS = ("pandoc", "soffice")
 PACKAGES = ("docx", "pptx")  # of doc/requirements.txt

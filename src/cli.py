@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from src import interpreter, ranks
-from src.config import PRESETS, OffloadConfig, RunConfig, UsageError, make_parser, to_config
+from src.config import PRESETS, OffloadConfig, RunConfig, make_parser, to_config
 from src.runtime import resolve_device
-from src.utils import ExitStatus, error_line
+from src.utils import ExitStatus, UsageError, error_line
 
 
 def parse_config(

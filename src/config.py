@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NoReturn, Self
 from urllib.parse import quote
 
 from src import ranks
+from src.utils import UsageError
 
 DTYPES = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cuda", "cpu")
@@ -31,10 +32,6 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adafactor": ("Adafactor", {"foreach": False}),
     "sgd": ("SGD", {"fused": True}),
 }
-
-
-class UsageError(Exception):
-    """A request that cannot be carried out as given. Its message says what to do; scripts exit with status 2."""
 
 
 def _option(default: Any, help: str, *, tag: str | None = None, flag: str | None = None, **argparse_kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ show in tracked memory peaks.
 import os
 import sys
 
-from src.config import UsageError
+from src.utils import UsageError
 
 
 def restart_interpreted() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from src import dry_run, interpreter, records
-from src.config import RunConfig, Strategy, UsageError
+from src.config import RunConfig, Strategy
 from src.experiment import Build
 from src.fake_gpu import H100
 from src.measure import Measurement, PhasePeaks, measure, measure_phases
@@ -21,7 +21,7 @@ from src.model_utils import SHAPES, implementations, patched
 from src.profiler import write_tensorboard
 from src.recording import add_measurement, add_phases, new_record, recording
 from src.runtime import CpuRuntime
-from src.utils import ExitStatus, aligned_table, format_bytes
+from src.utils import ExitStatus, UsageError, aligned_table, format_bytes
 
 # Small enough for the interpreter, with a batch large enough that the logits dominate memory as they do at full size.
 DEFAULTS: dict[str, Any] = {

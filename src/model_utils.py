@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.llama import modeling_llama
 
-from src.config import RunConfig, Strategy, UsageError
+from src.config import RunConfig, Strategy
+from src.utils import UsageError
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

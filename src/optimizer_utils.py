@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from src.config import OPTIMIZERS, OffloadConfig, RunConfig, UsageError
+from src.config import OPTIMIZERS, OffloadConfig, RunConfig
+from src.utils import UsageError
 
 
 def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Optimizer:

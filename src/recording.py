@@ -10,11 +10,11 @@ import torch
 
 from src import runtime
 from src.allocator import SimulatedOutOfMemory
-from src.config import RunConfig, UsageError, config_of
+from src.config import RunConfig, config_of
 from src.measure import Measurement, PhasePeaks
 from src.records import EMPTY, first_line, load, processes, save, summary
 from src.snapshot import Timeline
-from src.utils import check_writable, median_and_iqr, print_rank0
+from src.utils import UsageError, check_writable, median_and_iqr, print_rank0
 
 
 def new_record(mode: str, config: RunConfig, device: torch.device) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from src.config import RunConfig, UsageError, config_of
+from src.config import RunConfig, config_of
 from src.snapshot import breakdown_table
 from src.utils import (
     MIB,
     ExitStatus,
+    UsageError,
     aligned_table,
     format_bytes,
     write_atomically,

@@ -15,9 +15,9 @@ from unittest import mock
 
 import torch
 
-from src.config import RunConfig, UsageError
+from src.config import RunConfig
 from src.live_memory import LiveMemory
-from src.utils import GIB, usable_cores
+from src.utils import GIB, UsageError, usable_cores
 
 
 class Runtime(Protocol):

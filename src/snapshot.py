@@ -26,8 +26,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from src.config import UsageError
-from src.utils import GIB, ExitStatus, aligned_table, error_line, format_bytes, write_atomically
+from src.utils import GIB, ExitStatus, UsageError, aligned_table, error_line, format_bytes, write_atomically
 
 # What memory is for, in the order it is shown.
 CATEGORIES = (

@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 from src import records, study
 from src.cli import parse_config, run
-from src.config import STRATEGIES, RunConfig, Strategy, UsageError, config_of
+from src.config import STRATEGIES, RunConfig, Strategy, config_of
 from src.ranks import die_with_parent, ending_of
 from src.recording import check_folders
-from src.utils import GIB, ExitStatus, error_line
+from src.utils import GIB, ExitStatus, UsageError, error_line
 
 _BATCH = {"seq_length": [str(study.FIXED_LENGTH)], "batch_size": [str(size) for size in study.BATCH_SIZES]}
 _SEQUENCE = {"batch_size": [str(study.FIXED_BATCH)], "seq_length": [str(length) for length in study.SEQ_LENGTHS]}

@@ -14,6 +14,10 @@ MIB = 2**20
 GIB = 2**30
 
 
+class UsageError(Exception):
+    """A request that cannot be carried out as given. Its message says what to do; scripts exit with status 2."""
+
+
 class ExitStatus(enum.IntEnum):
     """What a script tells the shell."""
 

@@ -13,9 +13,9 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from src import cli, records
-from src.config import RunConfig, Strategy, UsageError
+from src.config import RunConfig, Strategy
 from src.runtime import CudaRuntime, peak_flops
-from src.utils import GIB
+from src.utils import GIB, UsageError
 from tests.helpers import SCRIPT, assert_one_error_line, run_python
 
 SMALL = ["--iterations", "1", "--batch_size", "1", "--seq_length", "16"]

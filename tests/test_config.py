@@ -7,7 +7,8 @@ import string
 import pytest
 
 import all_gpu_liger_kernel as script
-from src.config import RunConfig, Strategy, UsageError, make_parser, to_config
+from src.config import RunConfig, Strategy, make_parser, to_config
+from src.utils import UsageError
 from tests.helpers import ROOT, run_python
 
 FIELDS = [f for f in dataclasses.fields(RunConfig) if f.name != "strategy"]

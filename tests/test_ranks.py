@@ -14,7 +14,8 @@ import torch
 
 from src import ranks, records, runtime, sweep
 from src.cli import parse_config, run
-from src.config import OffloadConfig, UsageError
+from src.config import OffloadConfig
+from src.utils import UsageError
 from tests.helpers import ROOT, assert_one_error_line, run_python
 from tests.test_sweep import (
     FakeScript,

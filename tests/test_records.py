@@ -14,11 +14,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import recording, records
-from src.config import OffloadConfig, UsageError
+from src.config import OffloadConfig
 from src.measure import Measurement, PhasePeaks
 from src.profiler import write_tensorboard
 from src.snapshot import timeline
-from src.utils import MIB, write_atomically
+from src.utils import MIB, UsageError, write_atomically
 from tests.helpers import tiny_config
 
 

@@ -10,8 +10,8 @@ import torch
 from doc import build, evidence, office, report_tables
 from doc.evidence import ALL_KERNELS, NO_KERNELS, Shape, holds
 from src import study
-from src.config import RunConfig, UsageError
-from src.utils import GIB
+from src.config import RunConfig
+from src.utils import GIB, UsageError
 from tests.helpers import ROOT, run_python
 from tests.made_up import ALL, NO_FLCE, NONE, make, out_of_memory
 

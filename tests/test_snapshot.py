@@ -16,9 +16,8 @@ from PIL import Image
 
 from src import records
 from src import snapshot as reader
-from src.config import UsageError
 from src.snapshot import CATEGORIES, GATHER, LOSS_MODULE, REDUCE, read, save, timeline, waterfall
-from src.utils import GIB, MIB, format_bytes
+from src.utils import GIB, MIB, UsageError, format_bytes
 from tests.helpers import ROOT, assert_one_error_line, run_python, run_watched
 
 DATA = ROOT / "doc" / "data"

@@ -23,9 +23,9 @@ import pytest
 
 import all_gpu_liger_kernel
 from src import records, runtime, sweep
-from src.config import STRATEGIES, RunConfig, Strategy, UsageError, config_of
+from src.config import STRATEGIES, RunConfig, Strategy, config_of
 from src.dry_run import predict
-from src.utils import ExitStatus, write_atomically
+from src.utils import ExitStatus, UsageError, write_atomically
 from tests.helpers import assert_one_error_line, run_python
 
 GPU = "NVIDIA Imaginary 1000"
