@@ -1,4 +1,4 @@
-"""What do the Liger kernels cost and save when one GPU trains Llama?
+"""What do the Liger kernels cost and save when one GPU trains a language model?
 
     python all_gpu_liger_kernel.py                                   # every Liger kernel
     python all_gpu_liger_kernel.py --enable_rope 0 --enable_swiglu 0 --enable_rms 0 --enable_flce 0   # none
@@ -7,29 +7,16 @@
     python all_gpu_liger_kernel.py --dry_run --gpu_memory_gib 24 --find_max batch_size
 
 Trains on random tokens for a few steps and reports peak memory, latency and throughput; leaves a record in results/,
-a memory snapshot in snap_shots/ and TensorBoard logs in logs/. Without a GPU it checks the kernels instead: see
-src/kernel_check.py.
+a memory snapshot in snap_shots/ and TensorBoard logs in logs/. Without a GPU it forecasts the memory and checks the
+kernels instead: see src/check/kernels.py.
 
 Caveats: Liger replaces code for the whole process, so compare strategies in separate runs. --dtype names the dtype of
 weights, gradients and optimizer state alike; fp16 adds a loss scaler, and its optimizer state underflows: use it to
 measure, not to train.
 """
 
-import sys
-
-from src import dry_run, frontier, kernel_check, records
-from src.attribution import record_breakdown
-from src.cli import parse_config, run
-from src.config import RunConfig, Strategy
-from src.experiment import Experiment
-from src.measure import Mark, measure, measure_phases, no_mark
-from src.model_utils import build_model, flops_per_step, implementations
-from src.optimizer_utils import build_loss_scaler, build_optimizer
-from src.profiler import trace_step, write_tensorboard
-from src.random_data import random_batch, set_seed
-from src.recording import add_measurement, add_phases, new_record, recording
-from src.runtime import CudaRuntime, Runtime
-from src.utils import print_rank0
+from src.cli import command_line
+from src.config import RunConfig
 
 # The defaults; flags of the same names, in lower case, override them.
 MODEL_NAME = "meta-llama/Llama-3.2-1B-Instruct"
@@ -46,66 +33,95 @@ DEFAULTS = RunConfig(
     batch_size=BATCH_SIZE,
     seq_length=SEQ_LENGTH,
     iterations=ITERATIONS,
-    strategy=Strategy(rope=ENABLE_ROPE, swiglu=ENABLE_SWIGLU, rms_norm=ENABLE_RMS, flce=ENABLE_FLCE),
+    rope=ENABLE_ROPE,
+    swiglu=ENABLE_SWIGLU,
+    rms_norm=ENABLE_RMS,
+    flce=ENABLE_FLCE,
 )
+
+# Without a GPU: small enough for Triton's interpreter, with logits that dominate memory as they do at full size.
+CPU_DEFAULTS = {
+    "model_name": "tiny-llama",
+    "batch_size": 2,
+    "seq_length": 96,
+    "iterations": 2,
+    "warmup": 0,
+    "dtype": "fp32",
+    "learning_rate": 1e-3,
+}
+
+if __name__ == "__main__":  # before PyTorch is imported: --help does not wait, and Triton learns whether to interpret
+    COMMAND = command_line(__doc__, DEFAULTS, CPU_DEFAULTS)
+
+import sys
+
+import torch
+
+from src.check import kernels
+from src.cli import run
+from src.experiment import Experiment, Mark, Runtime, Script, no_mark, random_batches, set_seed
+from src.measure import measure, measure_phases
+from src.measure.devices import CudaRuntime
+from src.model_utils import build_model
+from src.optimizer_utils import build_loss_scaler, build_optimizer
+from src.predict import dry_run, frontier
+from src.record.recorder import Recorder
 
 
 def build_experiment(config: RunConfig, runtime: Runtime) -> Experiment:
-    """Model, optimizer, one fixed batch, and the step that trains on it."""
+    """Model, optimizer, fixed batches, and the step that trains on them."""
     set_seed(config.seed)
     model = build_model(config, runtime.device)
     optimizer = build_optimizer(model, config)
     scaler = build_loss_scaler(config, runtime.device)
-    batch = random_batch(model.config.vocab_size, config.batch_size, config.seq_length, runtime.device)
+    batches = random_batches(model.config.vocab_size, config, runtime.device)
+    # Each micro-batch's share of the gradient; None is the whole.
+    share = torch.tensor(1 / len(batches), device=runtime.device) if len(batches) > 1 else None
 
-    def step(mark: Mark = no_mark):
-        mark("forward")
-        loss = model(**batch).loss
-        mark("backward")
-        scaler.scale(loss).backward()
+    def step(mark: Mark = no_mark) -> torch.Tensor:
+        losses = []
+        for batch in batches:
+            mark("forward")
+            loss = model(**batch).loss
+            losses.append(loss.detach())
+            mark("backward")
+            scaler.scale(loss).backward(share)
         mark("optimizer")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return torch.stack(losses).mean()
 
     return Experiment(model, optimizer, scaler, step)
 
 
-def main(config: RunConfig) -> int:
-    """Run the experiment `config` describes; returns the exit status."""
+def main(config: RunConfig, planned: RunConfig | None = None) -> int:
+    """Run what `config` describes; `planned` is what a GPU would run in its place. Returns the exit status."""
     if config.find_max:
-        return frontier.main(config, build_experiment, main)
+        return frontier.main(config, SCRIPT)
     if config.dry_run:
-        return dry_run.main(config, build_experiment)
+        return dry_run.main(config, SCRIPT)
     if config.device == "cpu":
-        return kernel_check.main(config, build_experiment, DEFAULTS)
+        return kernels.main(config, SCRIPT, planned)
     runtime = CudaRuntime(config)
-    record = new_record("measured", config, runtime.device)
-    with recording(record, config):
+    recorder = Recorder(config, "measured", runtime.device)
+    experiment = None
+    with recorder:
         runtime.reset_peak()
         experiment = build_experiment(config, runtime)
-        record |= {
-            "implementations": implementations(experiment.model),
-            "model_flops_per_step": flops_per_step(experiment.model, config),
-            "load_peak_bytes": runtime.peak_bytes()[0],
-        }
-        measurement = measure(experiment.step, runtime, warmup=config.warmup, iterations=config.iterations)
-        add_measurement(record, measurement)
-        add_phases(record, measure_phases(experiment.step, runtime, experiment.grad_norm))
-    print_rank0(records.report(record, config))
-    # The record is safe by now, whatever becomes of the diagnostic steps.
-    if record["status"] == "ok":
-        timeline = None
-        if config.breakdown:
-            timeline = record_breakdown(experiment, record, config)
-            print_rank0("\n" + records.breakdown(record))
-        if config.log_dir:
-            write_tensorboard(config.log_folder, record, measurement, timeline)
-            trace_step(experiment.step, config.trace_file)
-    print_rank0("\n" + records.files_written(config))
-    return records.exit_status(record)
+        recorder.add_model(experiment, runtime)
+        recorder.add_measurement(measure(experiment.step, runtime, warmup=config.warmup, iterations=config.iterations))
+        recorder.add_phases(measure_phases(experiment.step, runtime, experiment.grad_norm))
+    return recorder.finish(experiment)
 
+
+SCRIPT = Script(
+    name="all_gpu_liger_kernel",
+    defaults=DEFAULTS,
+    cpu_defaults=CPU_DEFAULTS,
+    build_experiment=build_experiment,
+    main=main,
+)
 
 if __name__ == "__main__":
-    sys.exit(run(main, parse_config(__doc__, DEFAULTS, cpu_defaults=kernel_check.DEFAULTS)))
+    sys.exit(run(main, COMMAND))

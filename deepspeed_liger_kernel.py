@@ -4,53 +4,20 @@
     bash run_ds.sh --preset fast         # ours, for speed, in no more GPU memory
     deepspeed --num_gpus 1 deepspeed_liger_kernel.py --enable_liger_flce 0 --per_device_train_batch_size 8
 
-Llama under DeepSpeed's ZeRO-3 with weights, gradients and optimizer states in CPU memory, Adam on the CPU and gradient
-checkpointing: what remains on the GPU is activations, and the kernels' effect on them shows. Measures, records and
-logs as all_gpu_liger_kernel.py does. Without a GPU it runs the same engine on DeepSpeed's CPU accelerator with a tiny
-Llama, the kernels in Triton's interpreter.
+A model under DeepSpeed's ZeRO-3 with weights, gradients and optimizer states in CPU memory, Adam on the CPU and
+gradient checkpointing: what remains on the GPU is activations, and the kernels' effect on them shows. Measures, records
+and logs as all_gpu_liger_kernel.py does. Without a GPU it runs the same engine on DeepSpeed's CPU accelerator with a
+tiny Llama, the kernels in Triton's interpreter.
 
-Caveats: host memory must hold weights, gradients and optimizer states, 16 (fast) to 20 (seed) bytes a parameter, and
-what pinning rounds up. With `overlapped_cpu_adam` (preset fast) the update of a step runs behind the next
-step's forward pass, so it counts in the next step's time; every timed step has exactly one.
+Caveats: host memory must hold weights, gradients and optimizer states, 16 (fast) to 20 (original) bytes a parameter,
+and what pinning rounds up. With `overlapped_cpu_adam` (preset fast) the update of a step runs behind the next step's
+forward pass, so it counts in the next step's time; every timed step has exactly one.
 """
 
-import dataclasses
-import functools
-import sys
-from collections.abc import Callable
-from typing import Any
-
-import torch
-
-from src import floor, interpreter, ranks, records
-from src.attribution import record_breakdown
-from src.cli import parse_config, run
-from src.config import OffloadConfig
-from src.ds_utils import (
-    KeptEngine,
-    OffloadExperiment,
-    build_engine,
-    init_distributed,
-    max_over_ranks,
-    over_ranks,
-    phases_over_ranks,
-    report_of_ranks,
-    shut_down,
-    sum_over_ranks,
-)
-from src.measure import Mark, measure, measure_phases, no_mark
-from src.model_utils import flops_per_step, implementations
-from src.profiler import trace_step, write_tensorboard
-from src.random_data import micro_batches, set_seed
-from src.recording import add_measurement, add_phases, new_record, recording
-from src.runtime import CudaRuntime, HostRuntime, Runtime, host_peak_bytes
-from src.utils import UsageError, is_rank0, keep_out_of_garbage_collection, print_rank0
+from src.cli import command_line
+from src.offload_config import OffloadConfig
 
 DEFAULTS = OffloadConfig()
-Build = Callable[[OffloadConfig, torch.device], Any]  # makes DeepSpeed's engine
-
-# With stacks of releases too, a step under DeepSpeed failed on PyTorch 2.11: "returned NULL without an exception".
-CONTEXT = "alloc"
 
 # Without a GPU: what Triton's interpreter can run in a minute or two.
 CPU_DEFAULTS = {
@@ -63,12 +30,37 @@ CPU_DEFAULTS = {
     "optimizer_states": "fp32",
 }
 
+if __name__ == "__main__":  # before PyTorch is imported: --help does not wait, and Triton learns whether to interpret
+    COMMAND = command_line(__doc__, DEFAULTS, CPU_DEFAULTS)
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from src.check import interpreter
+from src.cli import run
+from src.ds_utils import KeptEngine, build_engine, init_distributed, shut_down
+from src.experiment import Mark, Runtime, Script, no_mark, random_batches_of_rank, set_seed
+from src.measure import measure, measure_phases
+from src.measure.devices import CudaRuntime, HostRuntime
+from src.offload import floor, ranks
+from src.offload.experiment import OffloadExperiment
+from src.offload.team import Ranks
+from src.record.recorder import Recorder
+from src.utils import UsageError, keep_out_of_garbage_collection, print_rank0
+
+Build = Callable[[OffloadConfig, torch.device], Any]  # makes DeepSpeed's engine
+
 
 def build_experiment(config: OffloadConfig, runtime: Runtime, build: Build = build_engine) -> OffloadExperiment:
     """DeepSpeed's engine, fixed micro-batches, and the step that trains on them."""
     set_seed(config.seed)
     engine = build(config, runtime.device)
-    batches = micro_batches(engine.module.config.vocab_size, config, runtime.device)
+    batches = random_batches_of_rank(engine.module.config.vocab_size, config, runtime.device)
 
     def step(mark: Mark = no_mark) -> torch.Tensor:
         losses = []
@@ -83,11 +75,11 @@ def build_experiment(config: OffloadConfig, runtime: Runtime, build: Build = bui
             engine.step()
         return torch.stack(losses).mean()
 
-    return OffloadExperiment(engine, step)
+    return OffloadExperiment(engine, step, engine.global_steps, engine.skipped_steps)
 
 
-def main(config: OffloadConfig, build: Build = build_engine) -> int:
-    """Run the experiment `config` describes, with the engine that `build` makes or keeps; returns the exit status."""
+def main(config: OffloadConfig, planned: OffloadConfig | None = None, build: Build = build_engine) -> int:
+    """Run what `config` describes, with the engine that `build` makes or keeps; returns the exit status."""
     config = dataclasses.replace(config, world_size=ranks.world_size())
     on_gpu = config.device == "cuda"
     if not on_gpu and (config.dtype == "fp16" or config.memory_limit_gib is not None):
@@ -97,53 +89,43 @@ def main(config: OffloadConfig, build: Build = build_engine) -> int:
         interpreter.enable()
         print_rank0("No GPU in use: DeepSpeed's CPU accelerator, the Liger kernels in Triton's interpreter.")
     runtime = CudaRuntime(config) if on_gpu else HostRuntime()
-    record = new_record("measured" if on_gpu else "interpreted", config, device)
-    with recording(record, config, keeps=is_rank0()):
-        runtime.release_cache()  # of the run before, in a sweep
+    recorder = Recorder(config, "measured" if on_gpu else "interpreted", device, Ranks())
+    experiment = None
+    with recorder:
+        runtime.release_cache()  # of the run before, in a study
         runtime.reset_peak()
         experiment = build_experiment(config, runtime, build)
-        steps_before, skipped_before = experiment.steps_done
-        is_new = not steps_before
-        if is_new:
+        if not experiment.steps_before:
             keep_out_of_garbage_collection()
-        record |= {
-            "implementations": implementations(experiment.engine.module),
-            "model_flops_per_step": flops_per_step(experiment.engine.module, config),
-            "load_peak_bytes": max_over_ranks(runtime.peak_bytes()[0] if is_new else None),
-            "steps_before": steps_before,
-        }
-        measurement = over_ranks(measure(experiment.step, runtime, warmup=config.warmup, iterations=config.iterations))
-        add_measurement(record, measurement)
+        recorder.add_model(experiment, runtime)
+        recorder.add_measurement(measure(experiment.step, runtime, warmup=config.warmup, iterations=config.iterations))
         phases = measure_phases(experiment.step, runtime, lambda: None)
-        add_phases(record, phases_over_ranks(phases, experiment.grad_norm()))
-        record["host_peak_bytes"] = sum_over_ranks(host_peak_bytes()) if is_new else None  # the process's
-        record["skipped_steps"] = experiment.steps_done[1] - skipped_before
+        recorder.add_phases(dataclasses.replace(phases, grad_norm=experiment.grad_norm()))
+        recorder.record.skipped_steps = experiment.skipped_steps
         if on_gpu:
             experiment.finish_updates()
-            record |= floor.of_run(experiment.engine.module, config, runtime)
-    report_of_ranks(record, config)
-    # The record is safe by now, whatever becomes of the diagnostic steps, in which every rank takes part.
-    timeline = None
-    if record["status"] == "ok" and on_gpu and config.breakdown:
-        timeline = record_breakdown(experiment, record, config, context=CONTEXT, keeps=is_rank0())
-        print_rank0("\n" + records.breakdown(record))
-    if record["status"] == "ok" and config.log_dir:
-        if is_rank0():
-            write_tensorboard(config.log_folder, record, measurement, timeline)
-        trace_step(experiment.step, config.trace_file, keeps=is_rank0())
-    if record["status"] == "ok" and build is build_engine:
+            recorder.record.floor_s, recorder.record.floor = floor.of_run(experiment.model, config, runtime)
+    status = recorder.finish(experiment)
+    if recorder.record.status == "ok" and build is build_engine:
         shut_down(experiment)
-    print_rank0("\n" + records.files_written(config))
-    return records.exit_status(record)
+    return status
 
 
-def main_of_sweep() -> Callable[[OffloadConfig], int]:
+def main_for_many() -> Callable[..., int]:
     """`main` for several runs in one process, which differ in their sizes alone: they share an engine."""
     return functools.partial(main, build=KeptEngine())
 
 
+SCRIPT = Script(
+    name="deepspeed_liger_kernel",
+    defaults=DEFAULTS,
+    cpu_defaults=CPU_DEFAULTS,
+    build_experiment=build_experiment,
+    main=main,
+    main_for_many=main_for_many,
+)
+
 if __name__ == "__main__":
-    config = parse_config(__doc__, DEFAULTS, cpu_defaults=CPU_DEFAULTS)
     with ranks.watched():
-        status = run(main, config)
+        status = run(main, COMMAND)
     sys.exit(status)

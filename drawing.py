@@ -16,19 +16,20 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from src import figures, records, tables
+from src.record import Record, load_all
+from src.study import figures, tables
 from src.utils import ExitStatus, UsageError, error_line
 
 STUDY = Path(__file__).parent / "doc" / "data" / "study"
 
 
-def load(folders: list[Path], notes: TextIO) -> list[dict]:
-    """The records in `folders`, or the study's, as `notes` then says, if none are named nor any of the user's own."""
+def load(folders: list[Path], notes: TextIO) -> list[Record]:
+    """The records in `folders`; if none are named, the user's own, or else the study's, as `notes` then says."""
     searched = folders or [Path("results")]
-    found = records.load_all(searched)
+    found = load_all(searched)
     if not found and not folders:
         print("No records in results/: these are the study's own.", file=notes)
-        found = records.load_all([STUDY])
+        found = load_all([STUDY])
     if not found:
         raise UsageError(f"no records below {', '.join(map(str, searched))}")
     return found

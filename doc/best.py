@@ -4,14 +4,15 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+from src.fake_gpu import H100
+from src.frontier import GRANULARITY
+from src.tables import markdown
+
 from doc.original import LINES, MODEL, NOT_MEASURED, OFFLOAD, Line, bracket
 from src import study
 from src.config import STRATEGIES, RunConfig, config_of
-from src.fake_gpu import H100
-from src.frontier import GRANULARITY
 from src.model_utils import SHAPES
 from src.study import Record
-from src.tables import markdown
 from src.utils import GIB
 
 POSITIONS = SHAPES[MODEL]["max_position_embeddings"]

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from src.figures import all_figures, predicted_and_measured, setting_words
 
 from doc import original
 from src import records, study
 from src.config import PRESETS, STRATEGIES, OffloadConfig, RunConfig, Strategy, config_of
-from src.figures import all_figures, predicted_and_measured, setting_words
 from src.model_utils import load_model_config, parameter_counts
 from src.snapshot import Timeline, read
 from src.study import Record

@@ -8,11 +8,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from src.figures import setting_words
+
 from doc import evidence, original, report_tables, tables
 from doc.evidence import ALL_KERNELS, NO_FLCE, NO_KERNELS, Folder, Record, Shape, Study
 from src import study
 from src.config import STRATEGIES, RunConfig, Strategy, config_of
-from src.figures import setting_words
 from src.snapshot import CATEGORIES
 
 BATCHES = (1, 4, 8, 16, 32)

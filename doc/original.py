@@ -9,13 +9,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from src.figures import absence
+from src.records import EMPTY
+from src.tables import markdown
+
 from src import study
 from src.config import PRESETS, STRATEGIES, OffloadConfig
-from src.figures import absence
 from src.model_utils import SHAPES
-from src.records import EMPTY
 from src.study import Cell, Record
-from src.tables import markdown
 from src.utils import GIB
 
 PUBLISHED = Path(__file__).parent / "data" / "original" / "rtx4090_offload.csv"

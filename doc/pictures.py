@@ -7,13 +7,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
+from src.figures import STYLES, THREE, Axis
 
 from doc import evidence, facts
 from doc.evidence import ALL_KERNELS, NO_FLCE, NO_KERNELS, Folder, Study
 from doc.facts import BATCHES, MODELS
 from src import figures, memory_plot, study
 from src.config import Strategy
-from src.figures import STYLES, THREE, Axis
 from src.memory_plot import COLOURS
 from src.snapshot import CATEGORIES
 from src.utils import GIB, MIB

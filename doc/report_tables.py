@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from src.figures import absence
+from src.tables import markdown
+
 from doc.levers import LEVERS
 from doc.original import LINES, NOT_MEASURED, Column, bracket, frontier
 from doc.tables import milliseconds
 from src.config import MAX_TOKENS, STRATEGIES, config_of
-from src.figures import absence
 from src.study import Cell, Record
-from src.tables import markdown
 from src.utils import GIB, MIB
 
 MANY_TOKENS = 16 * 1024  # a step of so many is bound by the GPU

@@ -18,6 +18,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from src.allocator import SimulatedOutOfMemory
+from src.dry_run import predict
+from src.fake_gpu import H100
+from src.figures import setting_words
+from src.tables import markdown, number_or_empty
 from tqdm import tqdm
 
 import all_gpu_liger_kernel as single_gpu
@@ -25,15 +30,10 @@ from doc.best import best_document
 from doc.levers import LEVERS
 from doc.original import NOT_MEASURED, original_document
 from src import records
-from src.allocator import SimulatedOutOfMemory
 from src.config import DTYPES, PRESETS, RunConfig, Strategy, config_of
-from src.dry_run import predict
-from src.fake_gpu import H100
-from src.figures import setting_words
 from src.model_utils import SHAPES, TORCH_DTYPES
 from src.snapshot import waterfall
 from src.study import gpu_name, thread_variables, without_its_limit
-from src.tables import markdown, number_or_empty
 from src.utils import GIB, MIB, UsageError, error_line
 
 

@@ -1,75 +1,135 @@
-"""From the command line to an exit status."""
+"""From the command line to an exit status. Imports no torch: `--help` and usage errors come at once."""
 
 import argparse
 import dataclasses
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
-import torch
-
-from src import interpreter, ranks
-from src.config import PRESETS, OffloadConfig, RunConfig, make_parser, to_config
-from src.runtime import resolve_device
+from src import machine, techniques
+from src.config import RunConfig
+from src.offload import ranks
+from src.offload_config import PRESETS, OffloadConfig
+from src.techniques import KERNEL_NAMES, TECHNIQUES
 from src.utils import ExitStatus, UsageError, error_line
 
 
-def parse_config(
-    description: str | None,
-    defaults: RunConfig,
-    *,
-    cpu_defaults: Mapping[str, Any],
-    words: Sequence[str] | None = None,
-) -> RunConfig:
-    """The command line as a configuration, of the type of `defaults`, whose device is 'cuda' or 'cpu'.
+class Command(NamedTuple):
+    """What a command line asks for."""
 
-    `words` stand for the command line. `cpu_defaults` replace `defaults` where the run will be on a CPU. Bad arguments
-    end the program with status 2.
+    config: RunConfig  # what runs here; its device is "cuda" or "cpu"
+    planned: RunConfig  # what the same line would run on a GPU
+
+
+def command_line(
+    description: str | None, defaults: RunConfig, cpu_defaults: Mapping[str, Any], words: Sequence[str] | None = None
+) -> Command:
+    """Parse the command line, or `words`. Bad arguments end the program with status 2.
+
+    `cpu_defaults` stand in for `defaults` where the run will be on a CPU. There, Triton is told to interpret kernels:
+    it chooses while it is imported, so call this before anything imports it.
     """
-    parser = make_parser(description, defaults)
-    if isinstance(defaults, OffloadConfig):
-        _add_original_flags(parser)
-    arguments = parser.parse_args(words)
+    given = vars(make_parser(description, defaults).parse_args(words))
+    given.pop("local_rank", None)  # launchers pass it on; the environment says the same
     try:
-        plans = _plans(arguments)
-        device = "cuda" if plans else resolve_device(arguments.device)
-        # What a preset or a CPU changes are defaults: flags come before them.
-        if isinstance(defaults, OffloadConfig):
-            parser.set_defaults(**PRESETS[arguments.preset])
+        preset = PRESETS[given.get("preset", defaults.preset)] if isinstance(defaults, OffloadConfig) else {}
+        planned = dataclasses.replace(defaults, **preset | given | {"device": "cuda"})
+        techniques.check(planned)
+        device = "cuda" if _plans(planned) else given.get("device", defaults.device)
+        if device == "auto":
+            device = "cuda" if machine.has_gpu() else "cpu"
+        config = planned
         if device == "cpu":
-            interpreter.restart_interpreted()
-            parser.set_defaults(**cpu_defaults)
-        arguments = parser.parse_args(words)
-        return dataclasses.replace(to_config(arguments, type(defaults)), device=device)
+            os.environ["TRITON_INTERPRET"] = "1"
+            config = dataclasses.replace(defaults, **preset | dict(cpu_defaults) | given | {"device": "cpu"})
+        return Command(config, planned)
     except UsageError as error:
         sys.exit(_refused(error))
 
 
-def _plans(arguments: argparse.Namespace) -> bool:
+def _plans(config: RunConfig) -> bool:
     """Whether a dry run or a search is asked for: they plan for a GPU, whether there is one or not."""
-    plans = bool(getattr(arguments, "dry_run", False) or getattr(arguments, "find_max", None))
-    if getattr(arguments, "gpu_memory_gib", None) is not None and not plans:
+    plans = config.dry_run or config.find_max is not None
+    if config.gpu_memory_gib is not None and not plans:
         raise UsageError("--gpu_memory_gib is for --dry_run and --find_max; --memory_limit_gib caps a measured run")
     return plans
 
 
-def _add_original_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of the original that set another field, or that launchers add."""
-    parser.add_argument(
-        "--is_flash_attn",
-        dest="attention",
-        action="store_const",
-        const="flash_attention_2",
-        default=argparse.SUPPRESS,
-        help="the same as --attention flash_attention_2",
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake once, not once per rank."""
+
+    def error(self, message: str) -> NoReturn:
+        if not ranks.is_first_here():
+            ranks.give_way()
+        super().error(message)
+
+
+def make_parser(description: str | None, defaults: RunConfig) -> argparse.ArgumentParser:
+    """An argparse parser with an option per field of `defaults`; what is not given has no attribute in its result."""
+    parser = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
-    # Launchers pass it on; the environment says the same.
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    kernels = parser.add_argument_group("kernels: 1 runs Liger's, 0 Hugging Face's own code")
+    for f in dataclasses.fields(defaults):
+        if f.name in defaults.without_flag:
+            continue
+        if f.name in TECHNIQUES and defaults.script not in TECHNIQUES[f.name].scripts and not _redefined(f):
+            continue
+        _add_option(kernels if f.name in KERNEL_NAMES else parser, f, getattr(defaults, f.name), defaults)
+    if isinstance(defaults, OffloadConfig):
+        parser.add_argument(
+            "--is_flash_attn",
+            dest="attention",
+            action="store_const",
+            const="flash_attention_2",
+            help="the same as --attention flash_attention_2",
+        )
+        parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
 
 
-def run(main: Callable[[RunConfig], int], config: RunConfig) -> int:
-    """The exit status of `main(config)`; an exception becomes one line on stderr, with --debug a traceback too."""
+def _redefined(f: dataclasses.Field) -> bool:
+    """Whether a script has another field of the same name in place of a technique's."""
+    return f.metadata["choices"] != TECHNIQUES[f.name].choices
+
+
+def _add_option(parser: Any, f: dataclasses.Field, default: Any, defaults: RunConfig) -> None:
+    technique, flags = TECHNIQUES.get(f.name), [*f.metadata["flags"], f.name]
+    if technique is not None and technique.offload_flag and not isinstance(defaults, OffloadConfig):
+        flags.remove(technique.offload_flag)
+    shown = "" if default is None else f" (default: {int(default) if f.type is bool else default})"
+    kwargs: dict[str, Any] = {"dest": f.name, "help": (f.metadata["help"] + shown).replace("%", "%%")}
+    if f.type is bool:
+        kwargs |= {"type": _flag01, "metavar": "0|1", "nargs": "?", "const": True}
+    else:
+        kwargs["type"] = next(kind for kind in (int, float, str) if kind in _kinds(f))
+    if f.metadata["choices"]:
+        kwargs["choices"] = f.metadata["choices"]
+    parser.add_argument(*(f"--{flag}" for flag in flags), **kwargs)
+
+
+def _kinds(f: dataclasses.Field) -> tuple[type, ...]:
+    return getattr(f.type, "__args__", (f.type,))
+
+
+def _flag01(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"expected 0 or 1, got {text!r}")
+    return text == "1"
+
+
+def run(main: Callable[..., int], command: Command) -> int:
+    """The exit status of `main`; an exception becomes one line on stderr, with --debug a traceback too."""
+    return run_config(lambda config: main(config, command.planned), command.config)
+
+
+def run_config(main: Callable[[RunConfig], int], config: RunConfig) -> int:
+    """The same, of a configuration alone."""
     try:
         return main(config)
     except KeyboardInterrupt:
@@ -97,4 +157,6 @@ def _refused(error: UsageError) -> int:
 
 def _comes_from_another_rank(error: BaseException) -> bool:
     """Whether it is a collective that failed, most likely because another rank has ended."""
-    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
+    import torch
+
+    return isinstance(error, torch.distributed.DistError)

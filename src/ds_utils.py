@@ -1,4 +1,4 @@
-"""DeepSpeed: its configuration (a pure function of `OffloadConfig`), the engine, and what several ranks measured.
+"""DeepSpeed: its configuration (a pure function of `OffloadConfig`), its job, and the engine.
 
 DeepSpeed chooses its accelerator when it is imported, so nothing here imports it at the top.
 """
@@ -7,32 +7,27 @@ import atexit
 import importlib
 import logging
 import os
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from transformers import LlamaConfig
+from transformers import PretrainedConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from src import ranks, records
-from src.attribution import Attribution
-from src.config import OffloadConfig
-from src.live_memory import tensors_in
-from src.measure import Measurement, PhasePeaks, Step
-from src.model_utils import TORCH_DTYPES, build_model, load_model_config, parameter_counts
+from src.machine import local_ranks
+from src.model_utils import build_model, family_of, load_model_config, parameter_counts
+from src.offload import ranks
+from src.offload.experiment import OffloadExperiment
+from src.offload.host_memory import check_host_memory
+from src.offload_config import OffloadConfig
 from src.optimizer_utils import build_offload_optimizer, build_scheduler
-from src.snapshot import GATHER, REDUCE
-from src.utils import GIB, UsageError, error_line, is_rank0, local_ranks, next_power_of_two, print_rank0
+from src.utils import UsageError, ceil_div, print_rank0
 
 
-def zero3_config(config: OffloadConfig, model_config: LlamaConfig) -> dict[str, Any]:
+def zero3_config(config: OffloadConfig, model_config: PretrainedConfig) -> dict[str, Any]:
     """DeepSpeed's configuration of the experiment; sizes are in elements."""
     layer, rest = parameter_counts(model_config)
     zero: dict[str, Any] = {
@@ -53,7 +48,7 @@ def zero3_config(config: OffloadConfig, model_config: LlamaConfig) -> dict[str, 
         # Nothing stays on the GPU between its uses; DeepSpeed's default would keep a model of this size whole.
         zero["stage3_max_reuse_distance"] = 0
     if config.fetch_layers:
-        zero["leaf_module"] = {"classes": ["LlamaDecoderLayer"]}
+        zero["leaf_module"] = {"classes": [family_of(model_config).decoder_layer]}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
@@ -71,7 +66,7 @@ def zero3_config(config: OffloadConfig, model_config: LlamaConfig) -> dict[str, 
 
 def _sub_group_size(config: OffloadConfig, layer: int) -> int:
     """Elements of this rank's partition that are updated at a time."""
-    return -(-layer // config.world_size) if config.sub_group_size is None else int(config.sub_group_size)
+    return ceil_div(layer, config.world_size) if config.sub_group_size is None else int(config.sub_group_size)
 
 
 def _precision(config: OffloadConfig) -> dict[str, Any]:
@@ -100,132 +95,6 @@ def _merged(settings: dict[str, Any], overrides: dict[str, Any]) -> dict[str, An
         else:
             merged[key] = value
     return merged
-
-
-# What a process takes besides tensors: PyTorch, CUDA's libraries, compiled kernels. What is left of the measured peaks
-# under doc/data/ by the rules of the next function.
-_PROCESS_BYTES = 4 * GIB
-_CPU_PROCESS_BYTES = GIB // 2  # without CUDA's
-
-
-def host_bytes_needed(config: OffloadConfig, model_config: LlamaConfig) -> int:
-    """Host memory that the whole job takes, within a few per cent of the records under doc/data/."""
-    layer, rest = parameter_counts(model_config)
-    layers = layer * model_config.num_hidden_layers
-    count, width = layers + rest, TORCH_DTYPES[config.dtype].itemsize
-    state_width = 4 if config.optimizer_states == "fp32" else 2
-    shares_weights = config.optimizer == "overlapped_cpu_adam" and state_width == width
-    states = (2 if shares_weights else 3) * state_width * count  # moments and master weights
-    # Pinned memory is taken in powers of two, and PyTorch keeps what the model was built in for later use.
-    pinned = 2 * next_power_of_two(width * count) + width * count
-    if config.optimizer == "deepspeed_cpu_adam":  # copies the gradients into the master weights' dtype
-        pinned += next_power_of_two(state_width * rest) + state_width * layers
-    process = _CPU_PROCESS_BYTES if config.device == "cpu" else _PROCESS_BYTES
-    return states + pinned + process * config.world_size
-
-
-def check_host_memory(config: OffloadConfig, model_config: LlamaConfig) -> None:
-    """Raises `UsageError` if this host has less free memory than its ranks will take."""
-    needed = host_bytes_needed(config, model_config) * min(local_ranks(), config.world_size) // config.world_size
-    available = _available_host_bytes()
-    if needed > available:
-        raise UsageError(
-            f"{config.model_name} offloaded takes about {needed / GIB:.1f} GiB of host memory here, and "
-            f"{available / GIB:.1f} GiB are free: take --preset fast, --optimizer_states bf16 with it, a smaller "
-            "model, or more machines"
-        )
-
-
-def _available_host_bytes() -> int:
-    """What this process can still allocate: the machine's free memory, or less under a cgroup's limit."""
-    import psutil
-
-    available = psutil.virtual_memory().available
-    try:
-        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no cgroup, or no limit
-        return available
-    files = int(counts["inactive_file"]) + int(counts["active_file"])  # cached files give way
-    return min(available, limit - used + files)
-
-
-@dataclass(frozen=True)
-class OffloadExperiment:
-    """A DeepSpeed engine and the step that trains it."""
-
-    engine: Any  # deepspeed.DeepSpeedEngine
-    step: Step
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The model inside the engine."""
-        return self.engine.module
-
-    @property
-    def steps_done(self) -> tuple[int, int]:
-        """Optimizer steps of the engine so far, and those of them that changed no weight: gradients had overflowed."""
-        return self.engine.global_steps, self.engine.skipped_steps
-
-    def resident(self) -> dict[str, list[torch.Tensor]]:
-        """What stays on the GPU between steps, by what it is for."""
-        optimizer = self.engine.optimizer
-        found: dict[str, list[torch.Tensor]] = {"gradient_reduction": [], "optimizer_state": []}
-        buckets = {f"bucket {i}": vars(bucket) for i, bucket in enumerate(optimizer.ipg_buckets.values())}
-        for name, value in (vars(optimizer) | buckets).items():
-            category = "gradient_reduction" if "grad" in name or "bucket" in name else "optimizer_state"
-            found[category] += tensors_in(value)
-        for states in (optimizer.optimizer, getattr(optimizer, "backup_optimizer", None)):
-            found["optimizer_state"] += tensors_in([] if states is None else states.state)
-        masters = [tensor for tensor in found["optimizer_state"] if tensor.is_leaf and tensor.grad is not None]
-        found["gradient_reduction"] += [master.grad for master in masters]
-        return found | {"parameters": list(self.model.parameters())}
-
-    def gradients(self) -> list[torch.Tensor]:
-        """None are left when the optimizer begins: each goes to the host as it is made."""
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
-
-    @contextmanager
-    def labelling(self, attribution: Attribution) -> Iterator[None]:
-        """Let ZeRO say which memory it asks for, and which gradients are ready."""
-        optimizer = self.engine.optimizer
-        methods = [
-            (_coordinator(optimizer), "_PartitionedParameterCoordinator__all_gather_params", GATHER),
-            (optimizer, "reduce_independent_p_g_buckets_and_remove_grads", REDUCE),
-            (optimizer, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads", REDUCE),
-        ]
-        with ExitStack() as stack:
-            for owner, name, label in methods:
-                if hasattr(owner, name):
-                    stack.enter_context(_labelled(owner, name, label, attribution))
-            yield
-
-    def finish_updates(self) -> None:
-        """Wait for updates that still run behind the last step."""
-        getattr(self.engine.optimizer, "finish_updates", lambda: None)()
-
-    def grad_norm(self) -> float | None:
-        """Norm of all gradients of the last step, before clipping; None if it overflowed."""
-        norm = self.engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
-
-
-def _coordinator(optimizer: Any) -> Any:
-    """What fetches weights; under ZeRO-2 there is none."""
-    offload = getattr(optimizer, "parameter_offload", None)
-    return None if offload is None else offload.get_param_coordinator()
-
-
-def _labelled(owner: Any, name: str, label: str, attribution: Attribution) -> AbstractContextManager:
-    """`owner.name` with what it asks for labelled, and the gradient of a parameter it is given noted."""
-    method = getattr(owner, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        attribution.own("gradients", (a.grad for a in args if isinstance(a, torch.nn.Parameter) and a.grad is not None))
-        with attribution.label(label):
-            return method(*args, **kwargs)
-
-    return mock.patch.object(owner, name, call)
 
 
 def init_distributed(device: str) -> torch.device:
@@ -355,97 +224,20 @@ def _check_accepted(settings: dict[str, Any]) -> None:
 def _overlapped_zero3() -> Any:
     from deepspeed.runtime.zero import stage3
 
-    from src.overlapped_adam import OverlappedZero3
+    from src.offload.overlapped_adam import OverlappedZero3
 
     return mock.patch.object(stage3, "DeepSpeedZeroOptimizer_Stage3", OverlappedZero3)
 
 
-_LONGEST_COMPILATION_S = 1800  # it takes a few minutes
-
-
 def _announce_compilation(config: OffloadConfig) -> None:
-    """Say what takes long. Raises `UsageError` if a compilation that was killed would be waited for for ever."""
+    """Say what takes long, and whom a compilation would wait for."""
     from torch.utils.cpp_extension import _get_build_directory
 
     name = {"deepspeed_cpu_adam": "cpu_adam", "overlapped_cpu_adam": "overlapped_adam"}[config.optimizer]
     folder = Path(_get_build_directory(name, verbose=False))
-    _check_lock(folder / "lock")
-    if not (folder / f"{name}.so").exists():
-        print_rank0(f"Compiling {config.optimizer} for this machine: once, up to a few minutes.")
-
-
-def _check_lock(lock: Path) -> None:
-    """Whoever compiles has the lock open. It is not ours to delete: other machines may share the folder."""
-    try:
-        age_s = time.time() - lock.stat().st_mtime
-    except FileNotFoundError:
+    if (folder / f"{name}.so").exists():
         return
-    if _is_open(lock) or not lock.exists():
-        return
-    if age_s > _LONGEST_COMPILATION_S:
-        raise UsageError(f"{lock} was left by a compilation that was killed: delete it, and start again")
-    if ranks.is_first_here():
-        told = (
-            f"Waiting for {lock} to go: a compilation that was killed has left it, unless another machine compiles "
-            "there now. If none does, stop this run, delete the file and start again."
-        )
-        print(told, file=sys.stderr, flush=True)
-
-
-def _is_open(path: Path) -> bool:
-    """Whether a process on this machine has the file open, as far as this user may look."""
-    import psutil
-
-    processes = psutil.process_iter(["open_files"])
-    return any(str(path.resolve()) == file.path for process in processes for file in process.info["open_files"] or ())
-
-
-def _gathered(value: Any) -> list[Any]:
-    """`value` of every rank."""
-    values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _combined(combine: Callable[[list[Any]], Any], columns: list[list[Any]]) -> list[Any]:
-    """`combine` over the ranks, entry by entry; None where a rank has none."""
-    return [None if None in entries else combine(list(entries)) for entries in zip(*columns)]
-
-
-def over_ranks(measurement: Measurement) -> Measurement:
-    """What the slowest and fullest ranks showed; losses are averaged."""
-    all_ranks = _gathered(measurement)
-    used, retries = zip(*((m.device_used_bytes, m.allocation_retries) for m in all_ranks))
-    return Measurement(
-        step_seconds=_combined(max, [m.step_seconds for m in all_ranks]),
-        losses=_combined(lambda losses: sum(losses) / len(losses), [m.losses for m in all_ranks]),
-        peak_allocated_bytes=_combined(max, [m.peak_allocated_bytes for m in all_ranks]),
-        peak_reserved_bytes=_combined(max, [m.peak_reserved_bytes for m in all_ranks]),
-        device_used_bytes=None if None in used else max(used),
-        allocation_retries=None if None in retries else max(retries),
-    )
-
-
-def phases_over_ranks(phases: PhasePeaks, grad_norm: float | None) -> PhasePeaks:
-    """The fullest rank's peak of each phase."""
-    all_ranks = _gathered(phases.peak_bytes)
-    peaks = {name: _combined(max, [[p[name]] for p in all_ranks])[0] for name in all_ranks[0]}
-    return PhasePeaks(peaks, grad_norm)
-
-
-def sum_over_ranks(value: int) -> int:
-    """The sum of every rank's `value`."""
-    return sum(_gathered(value))
-
-
-def max_over_ranks(value: int | None) -> int | None:
-    """The largest of every rank's `value`, None if a rank has none."""
-    return _combined(max, [[v] for v in _gathered(value)])[0]
-
-
-def report_of_ranks(record: dict[str, Any], config: OffloadConfig) -> None:
-    """Print what the run showed; another rank than the first tells only if it alone ran out of memory."""
-    print_rank0(records.report(record, config))
-    if record["status"] == "oom" and not is_rank0():
-        ranks.give_way()
-        error_line(f"{ranks.name()}out of GPU memory, see {config.record_file}")
+    lock = folder / "lock"
+    waiting = f" If nothing else compiles it now, delete {lock}: a compilation that was killed left it."
+    told = f"Compiling {config.optimizer} for this machine: once, up to a few minutes."
+    print_rank0(told + (waiting if lock.exists() else ""))

@@ -1,33 +1,65 @@
-"""What a script builds and `measure` runs."""
+"""The contract between a script and what runs it: the device, the step and its marks, the batch, the script itself."""
 
-from collections.abc import Callable
+import os
+import random
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-from transformers import LlamaForCausalLM
 
-from src.attribution import Attribution
 from src.config import RunConfig
-from src.measure import Step
-from src.runtime import Runtime
+from src.techniques import forward_arguments
+
+PHASES = ("forward", "backward", "optimizer")
+Mark = Callable[[str], None]
+# step(mark) runs one optimizer step, calls mark(phase) as each phase begins, and returns the detached loss.
+Step = Callable[[Mark], torch.Tensor]
+Batch = dict[str, Any]  # keyword arguments of the model
+
+
+def no_mark(phase: str) -> None:
+    """The mark of a timed step: does nothing."""
+
+
+class OutOfMemory(Exception):
+    """A GPU, real or simulated, has no room. `facts` are what the record keeps of it."""
+
+    facts: Mapping[str, int | None]
+
+
+class Runtime(Protocol):
+    """What measuring needs of a device. Byte counts are those of this process's tensors on it."""
+
+    device: torch.device
+
+    def tracking(self) -> AbstractContextManager: ...
+    def synchronize(self) -> None: ...
+    def release_cache(self) -> None: ...
+    def reset_peak(self) -> None: ...
+    def peak_bytes(self) -> tuple[int | None, int | None]: ...
+    def device_used_bytes(self) -> int | None: ...
+    def allocation_retries(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
 class Experiment:
     """A model, its optimizer, the loss scaler its gradients went through, and the step that trains it."""
 
-    model: LlamaForCausalLM
+    model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: Step
+    steps_before = 0  # optimizer steps that the weights had had when this run began
+    snapshot_context = "all"  # the allocator's events whose stacks a memory snapshot keeps
 
     def resident(self) -> dict[str, list[torch.Tensor]]:
         """What stays on the GPU between steps, by what it is for."""
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
         return {"parameters": list(self.model.parameters()), "optimizer_state": states}
 
-    def labelling(self, attribution: Attribution) -> AbstractContextManager:
+    def labelling(self, attribution: Any) -> AbstractContextManager:
         """Nothing beyond the model's own modules asks for memory."""
         return nullcontext()
 
@@ -40,6 +72,50 @@ class Experiment:
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self.gradients()]
         return torch.linalg.vector_norm(torch.stack(norms)).item() / self.scaler.get_scale()
 
+    def close(self) -> None:
+        """Nothing runs on behind the last step."""
 
-# A script's own function that builds what it measures, so that others can run it too.
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """What one of the two scripts hands over to those who run it: the command line, grids, dry runs and checks."""
+
+    name: str
+    defaults: RunConfig
+    cpu_defaults: Mapping[str, Any]  # in their place where there is no GPU
+    build_experiment: Callable[..., Experiment]
+    main: Callable[..., int]  # runs one configuration; returns the exit status
+    # Makes a `main` for several runs in one process that differ in their sizes alone, and share what it builds.
+    main_for_many: Callable[[], Callable[..., int]] | None = field(default=None)
+
+
 Build = Callable[[RunConfig, Runtime], Experiment]
+
+
+def set_seed(seed: int) -> None:
+    """Seed every random generator an experiment draws from."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_batches(vocab_size: int, config: RunConfig, device: torch.device) -> list[Batch]:
+    """One step's micro-batches of random tokens that are their own labels, int64, without padding.
+
+    Each is of shape (batch_size, seq_length).
+    """
+    tokens = torch.randint(vocab_size, (config.global_batch_size, config.seq_length), device=device)
+    return _micro_batches(tokens, config)
+
+
+def random_batches_of_rank(vocab_size: int, config: RunConfig, device: torch.device) -> list[Batch]:
+    """This rank's micro-batches of one global random batch, the same for any number of ranks and micro-batches."""
+    # A generator of its own: what building the model draws from the global one differs from rank to rank.
+    generator = torch.Generator().manual_seed(config.seed)
+    whole = torch.randint(vocab_size, (config.global_batch_size, config.seq_length), generator=generator)
+    ranks = config.global_batch_size // (config.batch_size * config.gradient_accumulation_steps)
+    return _micro_batches(whole.chunk(ranks)[int(os.environ.get("RANK", "0"))].to(device), config)
+
+
+def _micro_batches(tokens: torch.Tensor, config: RunConfig) -> list[Batch]:
+    parts = tokens.chunk(config.gradient_accumulation_steps)
+    return [{"input_ids": ids, "labels": ids} | forward_arguments(config) for ids in parts]

@@ -1,109 +1,48 @@
-"""Llama shapes shipped with the repository, building a model, and putting Liger's kernels into it."""
+"""Building a model of any family, with Liger's kernels in it, and counting its weights and operations."""
 
 import functools
-import importlib.util
+import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.llama import modeling_llama
 
-from src.config import RunConfig, Strategy
-from src.utils import UsageError
+from src import techniques
+from src.config import RunConfig
+from src.families import FAMILIES, SHAPES, Family, shipped
+from src.techniques import KERNEL_NAMES, TECHNIQUES
+from src.utils import UsageError, first_line
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def _llama3(rope_factor: float, **shape: Any) -> dict[str, Any]:
-    """What every Llama 3.1/3.2 shares, with one model's own sizes."""
-    return {
-        "vocab_size": 128256,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "num_key_value_heads": 8,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": rope_factor,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    } | shape
-
-
-# Sizes from the models' published config.json files. Memory and speed do not depend on the weights' values.
-SHAPES: dict[str, dict[str, Any]] = {
-    "meta-llama/Llama-3.2-1B": _llama3(
-        rope_factor=32.0,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        head_dim=64,
-        tie_word_embeddings=True,
-    ),
-    "meta-llama/Llama-3.2-3B": _llama3(
-        rope_factor=32.0,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        head_dim=128,
-        tie_word_embeddings=True,
-    ),
-    "meta-llama/Llama-3.1-8B": _llama3(
-        rope_factor=8.0,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        head_dim=128,
-        tie_word_embeddings=False,
-    ),
-    # For CPUs: about the proportions of Llama 3.2 1B (vocabulary and MLP over hidden size) at 1/3000 of its weights.
-    "tiny-llama": {
-        "vocab_size": 4096,
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    },
-}
-
-
-def load_model_config(config: RunConfig) -> LlamaConfig:
+def load_model_config(config: RunConfig) -> PretrainedConfig:
     """The architecture `config` names: a shipped shape, a local folder's config.json or, with --pretrained, the Hub's.
 
-    Raises `UsageError` if the model is unknown, is no Llama, or cannot take `config.seq_length` tokens.
+    Raises `UsageError` if the model is unknown, of no family, or cannot take `config.seq_length` tokens.
     """
-    shape = SHAPES.get(config.model_name.removesuffix("-Instruct"))
-    if shape is not None and not config.pretrained:
-        model_config = LlamaConfig(**shape)
+    known = shipped(config.model_name)
+    if known is not None and not config.pretrained:
+        family, shape = known
+        model_config = getattr(transformers, family.config_class)(**shape)
     elif config.pretrained or Path(config.model_name).is_dir():
-        model_config = _from_hub(AutoConfig.from_pretrained, config.model_name)
+        # Code that comes with a model is never run, and nobody is asked whether it may.
+        model_config = _from_hub(AutoConfig.from_pretrained, config.model_name, trust_remote_code=False)
     else:
         raise UsageError(
             f"unknown model {config.model_name!r}: use one of {', '.join(SHAPES)} (or its -Instruct id), a local "
             "folder with a config.json, or, to measure, --pretrained with a Hub id you have access to"
         )
-    if model_config.model_type != "llama":
-        raise UsageError(f"{config.model_name} is a {model_config.model_type!r} model; this study patches 'llama' only")
+    if model_config.model_type not in FAMILIES:
+        families = ", ".join(FAMILIES)
+        raise UsageError(f"{config.model_name} is a {model_config.model_type!r} model; known families: {families}")
     if config.seq_length > model_config.max_position_embeddings:
         raise UsageError(
             f"--seq_length {config.seq_length} is beyond the {model_config.max_position_embeddings} positions "
@@ -118,28 +57,15 @@ def _from_hub(load: Callable[..., Any], model_name: str, **kwargs: Any) -> Any:
     try:
         return load(model_name, **kwargs)
     except (OSError, ValueError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UsageError(
-            f"cannot load {model_name!r}: {reason} (gated model? accept its licence on huggingface.co and run "
-            "'hf auth login'; without --pretrained, shipped shapes need no access)"
+            f"cannot load {model_name!r}: {first_line(error)} (gated model? accept its licence on huggingface.co and "
+            "run 'hf auth login'; without --pretrained, shipped shapes need no access)"
         ) from error
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One replaceable part of Llama: Liger's switch for it, and what implements it in a built model."""
-
-    liger_switch: str
-    implementation: Callable[[LlamaForCausalLM], object]
-
-
-# One entry per field of Strategy. A new kernel is a field there and an entry here.
-KERNELS: dict[str, Kernel] = {
-    "rope": Kernel("rope", lambda model: modeling_llama.apply_rotary_pos_emb),
-    "swiglu": Kernel("swiglu", lambda model: type(model.model.layers[0].mlp)),
-    "rms_norm": Kernel("rms_norm", lambda model: type(model.model.norm)),
-    "flce": Kernel("fused_linear_cross_entropy", lambda model: model.forward.__func__),
-}
+def family_of(model_config: PretrainedConfig) -> Family:
+    """The registry's entry for a model."""
+    return FAMILIES[model_config.model_type]
 
 
 # Notices about Liger's own code that a user can do nothing about: a back end for other hardware that is not
@@ -156,55 +82,62 @@ def _hide_notices() -> None:
         logging.getLogger(name).addFilter(lambda record, text=text: text not in str(record.msg))
 
 
-def apply_strategy(strategy: Strategy) -> None:
-    """Put the strategy's Liger kernels into Hugging Face's Llama, for models built after this call.
+def apply_kernels(config: RunConfig, family: Family) -> None:
+    """Put the run's Liger kernels into Hugging Face's code, for models of `family` built after this call.
 
     Liger replaces module globals for the whole process, so call it once per process, or inside `patched()`. With no
     kernel on, Liger is not even imported. Liger's stand-alone cross-entropy stays off: with `flce=False` the loss is
-    Hugging Face's.
+    Hugging Face's. Raises `UsageError` if Liger is missing, or has no such kernel for the family.
     """
-    if not strategy.kernels:
+    chosen = [name for name in KERNEL_NAMES if getattr(config, name)]
+    if not chosen:
         return
-    try:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-    except ImportError as error:
+    if missing := [name for name in chosen if name not in family.liger_switches]:
         raise UsageError(
-            f"Liger's kernels cannot be imported ({error}): pip install -r requirements.txt, or switch them off with "
-            "--enable_rope 0 --enable_swiglu 0 --enable_rms 0 --enable_flce 0"
+            f"Liger has no {missing[0]} kernel for {family.model_type} models: --{TECHNIQUES[missing[0]].flag} 0"
+        )
+    try:
+        patch = getattr(importlib.import_module("liger_kernel.transformers"), family.liger_patch)
+    except ImportError as error:
+        off = " ".join(f"--{TECHNIQUES[name].flag} 0" for name in KERNEL_NAMES)
+        raise UsageError(
+            f"Liger's kernels cannot be imported ({error}): pip install -r requirements.txt, or switch them off: {off}"
         ) from error
     _hide_notices()
-    switches = {kernel.liger_switch: getattr(strategy, name) for name, kernel in KERNELS.items()}
-    apply_liger_kernel_to_llama(**switches, cross_entropy=False)
+    switches = {switch: name in chosen for name, switch in family.liger_switches.items()}
+    patch(**switches, cross_entropy=False)
 
 
 @contextmanager
 def patched() -> Iterator[None]:
-    """Undo, on exit, what Liger replaced in Hugging Face's Llama.
+    """Undo, on exit, what Liger replaced in Hugging Face's code.
 
-    Liger replaces names of the module and the forward of LlamaForCausalLM; a model built inside must not be used
+    Liger replaces names of a family's module and the forward of its causal LM; a model built inside must not be used
     outside.
     """
-    names, forward = dict(vars(modeling_llama)), LlamaForCausalLM.forward
+    modules = {family: importlib.import_module(family.module) for family in FAMILIES.values()}
+    names = {family: dict(vars(module)) for family, module in modules.items()}
+    forwards = {family: getattr(module, family.causal_lm).forward for family, module in modules.items()}
     try:
         yield
     finally:
-        vars(modeling_llama).update(names)
-        LlamaForCausalLM.forward = forward
+        for family, module in modules.items():
+            vars(module).update(names[family])
+            getattr(module, family.causal_lm).forward = forwards[family]
 
 
-def implementations(model: LlamaForCausalLM) -> dict[str, str]:
-    """Qualified names of the functions and classes that implement each kernel's part in this model, loss included."""
-    parts = {name: kernel.implementation(model) for name, kernel in KERNELS.items()}
+def implementations(model: PreTrainedModel) -> dict[str, str]:
+    """Qualified names of the functions and classes that implement each technique's part in this model, loss included."""
+    parts = {t.name: t.implementation(model) for t in TECHNIQUES.values() if t.implementation is not None}
     parts |= {"cross_entropy": torch.nn.functional.cross_entropy, "decoder_layer": type(model.model.layers[0])}
     return {name: f"{part.__module__}.{part.__qualname__}" for name, part in parts.items()}
 
 
-def build_model(config: RunConfig, device: torch.device) -> LlamaForCausalLM:
+def build_model(config: RunConfig, device: torch.device) -> PreTrainedModel:
     """The model of the experiment, in training mode on `device`, with random or real weights in `config.dtype`."""
+    techniques.check(config)
     model_config = load_model_config(config)
-    apply_strategy(config.strategy)
-    if config.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise UsageError("--attention flash_attention_2 needs the package flash-attn: install it or use sdpa")
+    apply_kernels(config, family_of(model_config))
     kwargs = {"dtype": TORCH_DTYPES[config.dtype], "attn_implementation": config.attention}
     if config.pretrained:
         load = AutoModelForCausalLM.from_pretrained
@@ -214,8 +147,7 @@ def build_model(config: RunConfig, device: torch.device) -> LlamaForCausalLM:
     else:
         with device:
             model = AutoModelForCausalLM.from_config(model_config, **kwargs)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    techniques.apply_to_model(model, config)
     return model.train()
 
 
@@ -224,15 +156,19 @@ def full_shape(parameter: torch.Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def parameter_counts(shape: LlamaConfig) -> tuple[int, int]:
-    """Parameters of one decoder layer, and of all the rest: embedding, LM head if it is not tied, last norm."""
-    attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_attention_heads + shape.num_key_value_heads)
-    layer = attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
-    return layer, embeddings + shape.hidden_size
+def parameter_counts(shape: PretrainedConfig) -> tuple[int, int]:
+    """Parameters of one decoder layer, and of all the rest: embedding, LM head if it is not tied, last norm.
+
+    Counted on a model of one layer that has no data, so that every family is counted right.
+    """
+    one_layer = type(shape).from_dict(shape.to_dict() | {"num_hidden_layers": 1, "layer_types": None})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(one_layer)
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    return layer, sum(p.numel() for p in model.parameters()) - layer
 
 
-def flops_per_step(model: LlamaForCausalLM, config: RunConfig) -> int:
+def flops_per_step(model: PreTrainedModel, config: RunConfig) -> int:
     """Floating-point operations that one optimizer step needs: 6·N·T for the weights plus causal attention.
 
     N counts every weight that takes part in a matrix product: all but an embedding that is not also the LM head.

@@ -5,7 +5,9 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from src.config import OPTIMIZERS, OffloadConfig, RunConfig
+from src.config import RunConfig
+from src.offload_config import OffloadConfig
+from src.techniques.optimizers import OPTIMIZERS
 from src.utils import UsageError
 
 
@@ -16,14 +18,8 @@ def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Op
 
 
 def build_loss_scaler(config: RunConfig, device: torch.device) -> torch.amp.GradScaler:
-    """A dynamic loss scaler for fp16; for other dtypes a scaler that does nothing.
-
-    Raises `UsageError` for fp16 with an optimizer that cannot take scaled fp16 gradients.
-    """
-    scaled = config.dtype == "fp16"
-    if scaled and not OPTIMIZERS[config.optimizer][1].get("fused"):
-        raise UsageError(f"--dtype fp16 needs an optimizer that unscales gradients itself, not {config.optimizer}")
-    return torch.amp.GradScaler(device.type, enabled=scaled)
+    """A dynamic loss scaler for fp16; for other dtypes a scaler that does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
 
 
 def build_offload_optimizer(model: torch.nn.Module, config: OffloadConfig) -> torch.optim.Optimizer:
@@ -37,7 +33,7 @@ def build_offload_optimizer(model: torch.nn.Module, config: OffloadConfig) -> to
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(model.parameters(), **settings, fp32_optimizer_states=config.optimizer_states == "fp32")
-    from src.overlapped_adam import FusedCpuAdam
+    from src.offload.overlapped_adam import FusedCpuAdam
 
     return FusedCpuAdam(
         model.parameters(), **settings, states=config.optimizer_states, threads=config.cpu_threads, seed=config.seed

@@ -7,8 +7,10 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import tabulate
 
 MIB = 2**20
 GIB = 2**30
@@ -33,22 +35,20 @@ def is_rank0() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def usable_cores() -> int:
-    """Processor cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def local_ranks() -> int:
-    """Processes of this job on this machine; launchers name it differently."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-
-
 def print_rank0(*args: object, sep: str = " ") -> None:
     """Print once per job, not once per process."""
     if is_rank0():
         print(*args, sep=sep, flush=True)
+
+
+def error_line(message: object) -> None:
+    """One line on stderr, however many the message has."""
+    print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def keep_out_of_garbage_collection() -> None:
@@ -57,17 +57,27 @@ def keep_out_of_garbage_collection() -> None:
     atexit.register(gc.unfreeze)  # the interpreter frees them when it ends
 
 
+def ceil_div(numerator: int, denominator: int) -> int:
+    """`numerator / denominator`, rounded up."""
+    return -(-numerator // denominator)
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is no less than `number`."""
+    return ceil_div(number, multiple) * multiple
+
+
 def next_power_of_two(number: int) -> int:
     """The smallest power of two that is no less than `number`."""
     return 1 << (number - 1).bit_length()
 
 
-def median_and_iqr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Median and interquartile range (linear interpolation); the range of fewer than two values is None."""
-    if len(values) < 2:
-        return statistics.median(values), None
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return statistics.median(values), third - first
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile (linear interpolation); of one value, three times that value."""
+    if len(values) == 1:
+        return (values[0],) * 3
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -102,16 +112,29 @@ def format_bytes(count: int | None) -> str:
     return "n/a" if count is None else f"{count / MIB:,.1f} MiB"
 
 
-def aligned_table(rows: Sequence[Sequence[str]]) -> str:
-    """`rows` with columns padded to one width each; the first column is left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+def aligned_table(rows: Iterable[Sequence[str]], align: str = "") -> str:
+    """`rows` in columns of one width; the first is left-aligned and the others right-aligned, or as `align` says.
+
+    `align` has a letter for each column: "l" or "r".
+    """
+    return _table(rows, align, header=False, form="plain")
 
 
-def error_line(message: object) -> None:
-    """One line on stderr, however many the message has."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
+    """A Markdown table, its columns aligned as in `aligned_table`."""
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    return _table(lines, align, header=True, form="pipe")
+
+
+def _table(rows: Iterable[Sequence[str]], align: str, *, header: bool, form: str) -> str:
+    table = [list(row) for row in rows]
+    letters = align or "l" + "r" * (len(table[0]) - 1)
+    text = tabulate.tabulate(
+        table[1:] if header else table,
+        headers=table[0] if header else (),
+        tablefmt=form,
+        colalign=[{"l": "left", "r": "right"}[letter] for letter in letters],
+        disable_numparse=True,
+        preserve_whitespace=True,
+    )
+    return "\n".join(line.rstrip() for line in text.splitlines())

@@ -4,10 +4,9 @@ import itertools
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
-
 from src.allocator import MIB, CachingAllocator, SimulatedOutOfMemory, rounded
 from src.live_memory import LiveMemory
+from torch.profiler import ProfilerActivity, profile
 
 LM_HEAD_BYTES = 128256 * 2048 * 2  # of Llama 3.2 1B in bf16: 501 MiB
 

@@ -9,18 +9,18 @@ from collections import Counter
 
 import pytest
 import torch
-
-import all_gpu_liger_kernel as script
-from src import dry_run
 from src.allocator import rounded
 from src.attribution import Attribution
-from src.config import RunConfig, Strategy
 from src.dry_run import predict
 from src.fake_gpu import FakeGpu
 from src.live_memory import tensors_in
-from src.measure import PHASES, no_mark
 from src.runtime import CpuRuntime
 from src.simulated_snapshot import simulated_snapshot
+
+import all_gpu_liger_kernel as script
+from src import dry_run
+from src.config import RunConfig, Strategy
+from src.measure import PHASES, no_mark
 from src.snapshot import GATHER, LOSS_MODULE, REDUCE, timeline
 from tests.helpers import HUGGING_FACE, strategy_id, tiny_config
 from tests.test_offload import LAYERS, PRESET_NAMES, STEPS, Driver, reference_case

@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 from liger_kernel.transformers import monkey_patch
+from src.runtime import CudaRuntime, peak_flops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from src import cli, records
 from src.config import RunConfig, Strategy
-from src.runtime import CudaRuntime, peak_flops
 from src.utils import GIB, UsageError
 from tests.helpers import SCRIPT, assert_one_error_line, run_python
 

@@ -15,6 +15,9 @@ import liger_kernel.transformers
 import pytest
 import torch
 import triton
+from src.allocator import SimulatedOutOfMemory, rounded
+from src.dry_run import forecast, limit_bytes, predict
+from src.fake_gpu import H100
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
@@ -24,10 +27,7 @@ from triton.runtime.jit import JITFunction
 
 import all_gpu_liger_kernel as script
 from src import model_utils, records
-from src.allocator import SimulatedOutOfMemory, rounded
 from src.config import MAX_TOKENS, OPTIMIZERS, STRATEGIES, RunConfig, Strategy
-from src.dry_run import forecast, limit_bytes, predict
-from src.fake_gpu import H100
 from src.model_utils import KERNELS, Kernel, build_model
 from src.snapshot import CATEGORIES
 from src.utils import GIB, MIB, UsageError

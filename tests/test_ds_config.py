@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from src.random_data import micro_batches
 from transformers import LlamaForCausalLM
 
 import deepspeed_liger_kernel as script
@@ -43,7 +44,6 @@ from src.ds_utils import (
 from src.measure import Measurement, PhasePeaks
 from src.model_utils import SHAPES, build_model, load_model_config, parameter_counts
 from src.optimizer_utils import build_scheduler
-from src.random_data import micro_batches
 from src.utils import GIB
 from tests.helpers import HUGGING_FACE, ROOT
 

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from src.floor import floor_seconds, work
+from src.runtime import HostRuntime
 from torch.utils.flop_counter import FlopCounterMode
 
 from src import floor, records
 from src.config import PRESETS, OffloadConfig
-from src.floor import floor_seconds, work
 from src.model_utils import SHAPES, build_model
-from src.runtime import HostRuntime
 from tests.helpers import HUGGING_FACE, write_llama_folder
 
 CPU, META = torch.device("cpu"), torch.device("meta")

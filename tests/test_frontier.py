@@ -5,14 +5,14 @@ import types
 
 import pytest
 import torch
-
-import all_gpu_liger_kernel as script
-from src import frontier, records
 from src.allocator import SimulatedOutOfMemory
-from src.config import RunConfig
 from src.dry_run import limit_bytes, predict
 from src.fake_gpu import H100
 from src.frontier import GRANULARITY, largest_size, measured_frontier, predicted_frontier, search
+
+import all_gpu_liger_kernel as script
+from src import frontier, records
+from src.config import RunConfig
 from src.utils import GIB, MIB
 from tests.helpers import HUGGING_FACE
 

@@ -11,16 +11,16 @@ import types
 import numpy as np
 import pytest
 import torch
+from src.attribution import record_breakdown, record_step
+from src.live_memory import LiveMemory
+from src.profiler import trace_step
+from src.runtime import CpuRuntime, HostRuntime
 
 import all_gpu_liger_kernel as script
 from src import measure as measure_module
 from src import recording, records
-from src.attribution import record_breakdown, record_step
 from src.config import Strategy
-from src.live_memory import LiveMemory
 from src.measure import PHASES, measure, measure_phases, no_mark
-from src.profiler import trace_step
-from src.runtime import CpuRuntime, HostRuntime
 from src.snapshot import LOSS_MODULE, PHASE, read, timeline
 from src.utils import MIB, median_and_iqr
 from tests.helpers import HUGGING_FACE, strategy_id, tiny_config

@@ -5,16 +5,16 @@ import math
 
 import pytest
 import torch
+from src.kernel_check import patched
+from src.random_data import set_seed
+from src.runtime import CpuRuntime
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import all_gpu_liger_kernel as script
 from src.config import OPTIMIZERS, RunConfig, Strategy
-from src.kernel_check import patched
 from src.model_utils import KERNELS, TORCH_DTYPES, build_model, flops_per_step, implementations
-from src.random_data import set_seed
-from src.runtime import CpuRuntime
 from src.utils import UsageError
 from tests.helpers import HUGGING_FACE, STRATEGIES, run_python, strategy_id, tiny_config, write_llama_folder
 

@@ -4,11 +4,11 @@ import csv
 import re
 
 import pytest
+from src.fake_gpu import H100
 
 from doc import best, original, tables
 from src import study
 from src.config import PRESETS, STRATEGIES, OffloadConfig
-from src.fake_gpu import H100
 from src.utils import GIB
 from tests.helpers import ROOT
 from tests.made_up import ALL, NO_FLCE, NONE, failed, inferred, make, out_of_memory, predicted

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-
 from src.overlapped_adam import FusedCpuAdam, _runs
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64

@@ -11,12 +11,12 @@ import time
 import pytest
 import torch
 from PIL import Image
+from src.profiler import write_tensorboard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from src import recording, records
 from src.config import OffloadConfig
 from src.measure import Measurement, PhasePeaks
-from src.profiler import write_tensorboard
 from src.snapshot import timeline
 from src.utils import MIB, UsageError, write_atomically
 from tests.helpers import tiny_config

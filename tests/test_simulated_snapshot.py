@@ -5,11 +5,11 @@ import pickle
 from collections import Counter
 
 import pytest
+from src.dry_run import predict
+from src.simulated_snapshot import simulated_snapshot
 
 import all_gpu_liger_kernel as script
 from src.config import RunConfig
-from src.dry_run import predict
-from src.simulated_snapshot import simulated_snapshot
 from src.snapshot import save
 from src.utils import MIB
 from tests.helpers import HUGGING_FACE, SCRIPT, run_python

@@ -20,11 +20,11 @@ import types
 from collections import Counter
 
 import pytest
+from src.dry_run import predict
 
 import all_gpu_liger_kernel
 from src import records, runtime, sweep
 from src.config import STRATEGIES, RunConfig, Strategy, config_of
-from src.dry_run import predict
 from src.utils import ExitStatus, UsageError, write_atomically
 from tests.helpers import assert_one_error_line, run_python
 

@@ -10,10 +10,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from src.config import RunConfig, Strategy, config_of
-from src.measure import Mark, Measurement, Step
-from src.memory_plot import figure
-from src.snapshot import Timeline
+from src.config import RunConfig
+from src.experiment import Mark, Step
+from src.explain import Timeline, figure
+from src.measure import Measurement
+from src.record.record import Record
 from src.utils import GIB, MIB, format_bytes, write_atomically
 
 # Columns of TensorBoard's HPARAMS page, which shows the first five: tag -> (key of the record, divisor).
@@ -27,9 +28,7 @@ _RESULTS = {
 }
 
 
-def write_tensorboard(
-    folder: Path, record: dict[str, Any], measurement: Measurement, timeline: Timeline | None = None
-) -> None:
+def write_tensorboard(folder: Path, record: Record, measurement: Measurement, timeline: Timeline | None = None) -> None:
     """Scalars per timed step, the configuration as text, hparams with the run's figures, and its memory `timeline`.
 
     A run that is repeated replaces its own logs. Times are written for measured runs only.
@@ -37,31 +36,35 @@ def write_tensorboard(
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("events.out.tfevents.*"):
         old.unlink()
-    config = config_of(record)
+    config = record.run
     with SummaryWriter(str(folder)) as writer:
         for i, loss in enumerate(measurement.losses):
             writer.add_scalar("step/loss", loss, i)
             if measurement.peak_allocated_bytes[i] is not None:
                 writer.add_scalar("step/peak_allocated_MiB", measurement.peak_allocated_bytes[i] / MIB, i)
-            if record["mode"] == "measured":
+            if record.mode == "measured":
                 writer.add_scalar("step/peak_reserved_MiB", measurement.peak_reserved_bytes[i] / MIB, i)
                 writer.add_scalar("step/seconds", measurement.step_seconds[i], i)
                 writer.add_scalar("step/tokens_per_s", config.tokens_per_step / measurement.step_seconds[i], i)
-        for name in ("config", "environment", "implementations"):
-            writer.add_text(name, _markdown_table(record[name]))
+        texts = {
+            "config": record.config,
+            "environment": record.environment.model_dump(),
+            "implementations": record.implementations,
+        }
+        for name, values in texts.items():
+            writer.add_text(name, _markdown_table(values))
         _add_hparams(writer, config, record)
         if timeline is not None:
-            writer.add_figure("memory/timeline", figure({record["run_name"]: timeline}))
-            parts = {name: format_bytes(count) for name, count in record["peak_breakdown"].items() if count}
+            writer.add_figure("memory/timeline", figure({record.run_name: timeline}))
+            parts = {name: format_bytes(count) for name, count in record.peak_breakdown.items() if count}
             writer.add_text("peak_breakdown", _markdown_table(parts))
 
 
-def _add_hparams(writer: SummaryWriter, config: RunConfig, record: dict[str, Any]) -> None:
+def _add_hparams(writer: SummaryWriter, config: RunConfig, record: Record) -> None:
     """One row of the HPARAMS page: what runs are compared by, and their results; everything else is in the text."""
-    kernels = config.strategy.kernels
     # Few and short columns, so that the results beside them are in sight.
     shown = {
-        "Liger": "all" if config.strategy == Strategy() else "+".join(kernels) or "none",  # capitals sort first
+        "Kernels": config.title,  # capitals sort first
         "checkpointing": "on" if config.gradient_checkpointing else "off",
         "model": f"{config.dtype} {config.model_name.rsplit('/')[-1]}",
         "tokens": f"{config.tokens_per_step // config.seq_length} x {config.seq_length}",
@@ -70,8 +73,8 @@ def _add_hparams(writer: SummaryWriter, config: RunConfig, record: dict[str, Any
     for summary in hparams(shown, dict.fromkeys(_RESULTS, 0.0)):
         writer.file_writer.add_summary(summary)
     for tag, (key, divisor) in _RESULTS.items():
-        if record[key] is not None:
-            writer.add_scalar(tag, record[key] / divisor, config.iterations - 1)
+        if getattr(record, key) is not None:
+            writer.add_scalar(tag, getattr(record, key) / divisor, config.iterations - 1)
 
 
 def _markdown_table(values: dict[str, Any]) -> str:

@@ -9,19 +9,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from tqdm import tqdm
 
-from src.runtime import Runtime
-
-PHASES = ("forward", "backward", "optimizer")
-Mark = Callable[[str], None]
-# step(mark) runs one optimizer step, calls mark(phase) as each phase begins, and returns the detached loss.
-Step = Callable[[Mark], torch.Tensor]
-
-
-def no_mark(phase: str) -> None:
-    """The mark of a timed step: does nothing."""
+from src.experiment import Runtime, Step, no_mark
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,18 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from src import records
-from src.allocator import SimulatedOutOfMemory
 from src.config import MAX_TOKENS, RunConfig
-from src.dry_run import Prediction, limit_bytes, predict
-from src.experiment import Build
-from src.fake_gpu import H100, Card, this_card
+from src.experiment import Build, Script
+from src.machine import H100, Gpu, this_gpu
 from src.model_utils import load_model_config
-from src.recording import new_record, recording
+from src.predict.allocator import SimulatedOutOfMemory
+from src.predict.dry_run import Prediction, limit_bytes, predict
+from src.record import Frontier
+from src.record.recorder import Recorder
+from src.record.report import files_written, summary
 from src.utils import GIB, format_bytes, print_rank0
 
 # Sizes are searched in these steps.
@@ -47,7 +47,7 @@ def largest_size(config: RunConfig) -> int:
     return min(positions, MAX_TOKENS // config.batch_size)
 
 
-def predicted_frontier(config: RunConfig, build: Build, card: Card, limit: int) -> tuple[int, Prediction | None]:
+def predicted_frontier(config: RunConfig, build: Build, card: Gpu, limit: int) -> tuple[int, Prediction | None]:
     """The largest size predicted to fit `card` with `limit` bytes of reserved memory, and its prediction."""
     predictions: dict[int, Prediction] = {}
 
@@ -93,39 +93,40 @@ def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], ex
     return size
 
 
-def main(config: RunConfig, build: Build, measure: Callable[[RunConfig], int]) -> int:
+def main(config: RunConfig, script: Script) -> int:
     """Search, print and record the frontier; returns the exit status."""
     on_gpu = torch.cuda.is_available() and not config.dry_run
-    card = this_card() if on_gpu else H100
+    card = this_gpu() if on_gpu else H100
     limit = limit_bytes(config) or card.memory_bytes - card.context_bytes
-    record = new_record("predicted", config, torch.device("cpu"))
-    with recording(record, config):
-        size, prediction = predicted_frontier(config, build, card, limit)
-        frontier: dict[str, Any] = {"searched": config.find_max, "limit_bytes": limit, "predicted": size}
-        record |= {"frontier": frontier, "simulated_gpu": card.name}
+    recorder = Recorder(config, "predicted", torch.device("cpu"))
+    record = recorder.record
+    with recorder:
+        size, prediction = predicted_frontier(config, script.build_experiment, card, limit)
+        record.simulated_gpu = card.name
+        record.frontier = Frontier(searched=config.find_max, limit_bytes=limit, predicted=size)
         if prediction is None:
             smallest = _sized(config, GRANULARITY[config.find_max])
-            predict(smallest, build, card=card, limit_bytes=limit)  # raises what does not fit
-        record |= {"peak_memory_bytes": prediction.peak_bytes, "breakdown_peak_bytes": prediction.peak_bytes}
-        record |= {"peak_breakdown": prediction.breakdown}
-        record |= {"peak_phase": prediction.phases.phase, "peak_reserved_bytes": prediction.peak_reserved_bytes}
+            predict(smallest, script.build_experiment, card=card, limit_bytes=limit)  # raises what does not fit
+        record.peak_memory_bytes = record.breakdown_peak_bytes = prediction.peak_bytes
+        record.peak_breakdown = prediction.breakdown
+        record.peak_phase, record.peak_reserved_bytes = prediction.phases.phase, prediction.peak_reserved_bytes
         print_rank0(_summary(config, prediction, card, limit))
         if on_gpu:
-            frontier["measured"] = measured_frontier(config, measure, size)
-            print_rank0(f"Measured on this GPU: the largest {config.find_max} that runs is {frontier['measured']}")
-    if record["status"] == "oom":
+            record.frontier.measured = measured_frontier(config, script.main, size)
+            print_rank0(f"Measured on this GPU: the largest {config.find_max} that runs is {record.frontier.measured}")
+    if record.status == "oom":
         smallest = f"{config.find_max} {GRANULARITY[config.find_max]}"
         print_rank0(f"Predicted ({card.name}): not even {smallest} fits {format_bytes(limit)} of allocator memory")
-        print_rank0(records.summary(record))
-    print_rank0(f"\n{records.files_written(config)}")
-    return records.exit_status(record)
+        print_rank0(summary(record))
+    print_rank0(f"\n{files_written(config)}")
+    return record.exit_status
 
 
 def _sized(config: RunConfig, size: int) -> RunConfig:
     return dataclasses.replace(config, **{config.find_max: size})
 
 
-def _summary(config: RunConfig, prediction: Prediction, card: Card, limit: int) -> str:
+def _summary(config: RunConfig, prediction: Prediction, card: Gpu, limit: int) -> str:
     largest = max(prediction.breakdown, key=prediction.breakdown.__getitem__)
     size = f"{config.find_max} {getattr(prediction.config, config.find_max)}"
     return (

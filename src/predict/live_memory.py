@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.allocator import Block, CachingAllocator
+from src.predict.allocator import Block, CachingAllocator
 
 # Modules between an operation and a mode's __torch_dispatch__, which PyTorch wraps.
 _DISPATCHING = ("torch._dynamo", "torch._compile")

@@ -1,13 +1,13 @@
-"""The original's grids, and which records answer for their cells. Needs no torch."""
+"""Which records belong together, and which of them answers for a cell of a grid. Needs no torch."""
 
 import dataclasses
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from src.config import STRATEGIES, RunConfig, config_of
-
-Record = dict[str, Any]
+from src.config import RunConfig
+from src.record import Record
+from src.techniques import TECHNIQUES, TITLES
 
 FIXED_LENGTH, FIXED_BATCH = 1024, 4
 BATCH_SIZES = (1, 4, 8, 16, 32, 64, 96, 112)  # of FIXED_LENGTH tokens a sequence
@@ -23,14 +23,15 @@ class Cell(NamedTuple):
 
 
 _SIZES = dict.fromkeys([*((b, FIXED_LENGTH) for b in BATCH_SIZES), *((FIXED_BATCH, s) for s in SEQ_LENGTHS)])
-GRID = tuple(Cell(name, *size) for size in _SIZES for name in STRATEGIES)
+GRID = tuple(Cell(name, *size) for size in _SIZES for name in TITLES.values())
 
-_COMPARED = ("strategy", "batch_size", "seq_length")
-_CHANGES_NO_STEP = (
-    *("device", "result_dir", "snapshot_dir", "log_dir", "debug", "dry_run", "breakdown"),
-    *("iterations", "warmup", "step_per_print"),
+# Fields that runs of one study may differ in: its cells' own, and what changes no step.
+COMPARED = ("batch_size", "seq_length", *(t.name for t in TECHNIQUES.values() if t.compared))
+NOT_A_SETTING = (
+    *COMPARED,
+    *("device", "dry_run", "breakdown", "iterations", "warmup", "step_per_print"),
+    *(f.name for f in dataclasses.fields(RunConfig) if f.metadata["is_place"]),
 )
-NOT_A_SETTING = (*_COMPARED, *_CHANGES_NO_STEP)
 
 
 class Setting(NamedTuple):
@@ -54,35 +55,35 @@ def settings(config: RunConfig) -> RunConfig:
 
 def machine(record: Record) -> str:
     """The GPU, and where Adam runs on the CPU how many cores that has and how its threads are bound."""
-    gpu = record["simulated_gpu"] or record["environment"]["gpu"] or "no GPU"
-    cores = record["environment"].get("cpu_count")
-    if record["script"] != "deepspeed" or cores is None:
+    gpu = record.simulated_gpu or record.environment.gpu or "no GPU"
+    cores = record.environment.cpu_count
+    if record.script != "deepspeed" or cores is None:
         return gpu
     return ", ".join([gpu, f"{cores} CPU cores", *thread_variables(record)])
 
 
 def gpu_name(record: Record) -> str:
     """The GPU's short name: H100 for NVIDIA H100 80GB HBM3."""
-    name = record["environment"]["gpu"]
+    name = record.environment.gpu
     model = re.search(r"\b([RG]TX )?[A-Z]*\d+[A-Z]*\b", name)
     return model.group() if model else name
 
 
 def thread_variables(record: Record) -> list[str]:
     """The environment variables of a run that bear on its threads."""
-    return [f"{name}={value}" for name, value in (record["environment"].get("omp") or {}).items()]
+    return [f"{name}={value}" for name, value in record.environment.omp.items()]
 
 
 def cell(record: Record) -> Cell:
     """The cell that a record is of."""
-    config = config_of(record)
-    return Cell(config.strategy.title, config.batch_size, config.seq_length)
+    config = record.run
+    return Cell(config.title, config.batch_size, config.seq_length)
 
 
 def is_measured(record: Record) -> bool:
     """Whether a record tells of a run on a GPU: what was measured, or inferred from what was measured."""
-    own = record["mode"] in ("measured", "inferred") and record["frontier"] is None
-    return own and not record["config"].get("dry_run")
+    own = record.mode in ("measured", "inferred") and record.frontier is None
+    return own and not record.config.get("dry_run")
 
 
 def studies(found: Iterable[Record]) -> dict[Setting, dict[Cell, Record]]:
@@ -102,11 +103,11 @@ def studies(found: Iterable[Record]) -> dict[Setting, dict[Cell, Record]]:
 
 def experiment(record: Record) -> tuple[RunConfig, Cell]:
     """What a record is of, on whatever machine: the same for a prediction and the run that it is of."""
-    return settings(config_of(record)), cell(record)
+    return settings(record.run), cell(record)
 
 
 def _setting(record: Record) -> Setting:
-    return Setting(settings(config_of(record)), machine(record))
+    return Setting(settings(record.run), machine(record))
 
 
 def _add(record: Record, cells: dict[Cell, Record]) -> None:
@@ -114,26 +115,31 @@ def _add(record: Record, cells: dict[Cell, Record]) -> None:
     cells[place] = max(cells.get(place, record), record, key=_worth)
 
 
+class LimitNeverMet(Record):
+    """A run under a memory limit that it never reached: it also counts as the run without a limit."""
+
+
 def without_its_limit(record: Record) -> Record | None:
     """A run under a memory limit as the one without, which is the same if the allocator always found room. Or None.
 
     PyTorch's allocator compares with the limit only when it asks the driver for more, and tries again after a refusal.
     """
-    never_met = record["status"] == "ok" and record["allocation_retries"] == 0
-    if record["config"].get("memory_limit_gib") is None or not never_met:
+    never_met = record.status == "ok" and record.allocation_retries == 0
+    if record.config.get("memory_limit_gib") is None or not never_met:
         return None
-    return record | {"config": record["config"] | {"memory_limit_gib": None}}
+    values = {name: getattr(record, name) for name in Record.model_fields}
+    return LimitNeverMet(**values | {"config": record.config | {"memory_limit_gib": None}})
 
 
 def ran_under_a_limit(record: Record) -> bool:
     """Whether `without_its_limit` made this record."""
-    return record["run_name"] != config_of(record).run_name
+    return isinstance(record, LimitNeverMet)
 
 
 def _worth(record: Record) -> tuple[int, str, bool]:
     """Of several records of a cell the largest counts: a result before an inference before a failure, then the last."""
-    kind = 0 if record["status"] == "error" else 1 if record["mode"] == "inferred" else 2
-    return kind, record["environment"].get("date") or "", record["status"] == "ok"
+    kind = 0 if record.status == "error" else 1 if record.mode == "inferred" else 2
+    return kind, record.environment.date, record.status == "ok"
 
 
 def distance(setting: Setting, cells: dict[Cell, Record]) -> tuple:
@@ -141,7 +147,7 @@ def distance(setting: Setting, cells: dict[Cell, Record]) -> tuple:
 
     A few cells less, as after a crash, make no study another one: four fifths of the grids count as all.
     """
-    answered = sum(place in GRID and record["status"] != "error" for place, record in cells.items())
+    answered = sum(place in GRID and record.status != "error" for place, record in cells.items())
     covered = len(GRID) if answered >= 0.8 * len(GRID) else answered
     unusual = setting.config.unusual()
     return -covered, setting.config.script != "deepspeed", len(unusual), -answered, -len(cells), setting.name

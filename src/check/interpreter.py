@@ -7,22 +7,8 @@ show in tracked memory peaks.
 """
 
 import os
-import sys
 
 from src.utils import UsageError
-
-
-def restart_interpreted() -> None:
-    """Start this program again with Triton's interpreter on, unless it is on already; does not return if not.
-
-    Triton chooses between compiling and interpreting while it is imported, and transformers imports it: by the time
-    the command line is read it is too late for this process.
-    """
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return
-    os.environ["TRITON_INTERPRET"] = "1"
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def enable() -> None:

@@ -1,10 +1,10 @@
-"""The snapshot of a simulated GPU, in PyTorch's format and with the notes of src/attribution.py."""
+"""The snapshot of a simulated GPU, in PyTorch's format and with the notes of src/explain/recording.py."""
 
 from typing import Any
 
-from src.allocator import SMALL_SEGMENT_BYTES
-from src.fake_gpu import Allocation, FakeGpu
-from src.snapshot import OWNER, PHASE
+from src.explain import OWNER, PHASE
+from src.predict.allocator import SMALL_SEGMENT_BYTES
+from src.predict.fake_gpu import Allocation, FakeGpu
 
 
 def simulated_snapshot(gpu: FakeGpu, first_event: int) -> dict[str, Any]:

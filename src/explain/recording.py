@@ -2,7 +2,7 @@
 
 Hooks tell a `Sink` which module or autograd node is about to ask for memory, which blocks hold weights, gradients and
 the like, and which phase begins. On a GPU the sink is the CUDA allocator's own history, in which labels and notes
-become part of the snapshot; in a dry run it is the simulated GPU. src/snapshot.py reads both. No dispatch mode is
+become part of the snapshot; in a dry run it is the simulated GPU. This room reads both. No dispatch mode is
 involved: under one, autograd would not add gradients in place, and the peak would be another.
 """
 
@@ -13,11 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from src import records
-from src.config import RunConfig
-from src.measure import Mark, Step, no_mark
-from src.recording import add_breakdown
-from src.snapshot import LOSS_MODULE, OWNER, PEAK, PHASE, Timeline, save, timeline
+from src.experiment import Mark, Step, no_mark
+from src.explain import LOSS_MODULE, OWNER, PEAK, PHASE
 
 # Allocator events kept: one step of an 8B model without gradient checkpointing has about 10,000.
 MAX_ENTRIES = 100_000
@@ -212,23 +209,6 @@ def record_step(experiment: Attributed, *, gradient_checkpointing: bool, context
         note = {"name": f"{OWNER} library_workspace {address}", "stage": "START", "time_us": now}
         snapshot["external_annotations"].append(note)
     return snapshot
-
-
-def record_breakdown(
-    experiment: Attributed, record: dict[str, Any], config: RunConfig, *, context: str = "all", keeps: bool = True
-) -> Timeline:
-    """Run one more step, save its snapshot, and put into the record what its peak is made of.
-
-    Where several ranks take part in the step, only one `keeps` what it saw.
-    """
-    snapshot = record_step(experiment, gradient_checkpointing=config.gradient_checkpointing, context=context)
-    found = timeline(snapshot)
-    if keeps:
-        if config.snapshot_dir:
-            save(snapshot, config.snapshot_file)
-        add_breakdown(record, found)
-        records.save(record, config.record_file)
-    return found
 
 
 def _workspaces() -> set[int]:

@@ -18,41 +18,15 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from src.allocator import Block, CachingAllocator
-from src.live_memory import LiveMemory
+from src.machine import H100, Gpu
+from src.predict.allocator import Block, CachingAllocator
+from src.predict.live_memory import LiveMemory
 
 aten = torch.ops.aten
 _CUDA, _CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Card:
-    """The GPU that is simulated."""
-
-    name: str
-    memory_bytes: int
-    context_bytes: int  # what the CUDA context and loaded libraries take before the allocator gets any
-    capability: tuple[int, int]
-    multiprocessors: int
-
-
-# As PyTorch reports it. The context is the driver's view less what PyTorch reserved, in the records under doc/data/.
-H100 = Card("NVIDIA H100 80GB HBM3", 85017493504, 767 * 2**20, (9, 0), 132)
-
-
-def this_card() -> Card:
-    """The GPU of this machine; its CUDA context is taken to be as large as the H100's."""
-    properties = torch.cuda.get_device_properties(0)
-    return Card(
-        name=properties.name,
-        memory_bytes=properties.total_memory,
-        context_bytes=H100.context_bytes,
-        capability=(properties.major, properties.minor),
-        multiprocessors=properties.multi_processor_count,
-    )
-
-
-def _matmul_workspace_bytes(card: Card) -> int:
+def _matmul_workspace_bytes(card: Gpu) -> int:
     """cuBLAS workspace of one thread and stream (aten/src/ATen/cuda/CublasHandlePool.cpp)."""
     return 4096 * 8 * 1024 if card.capability[0] == 9 else (4096 * 2 + 16 * 8) * 1024
 
@@ -109,10 +83,10 @@ class Allocation:
     size: int
     address: int
     phase: str
-    module: str  # who asked for it, as src/attribution.py labels it
+    module: str  # who asked for it, as src/explain/recording.py labels it
     operation: str
     frames: tuple[tuple[str, int, str], ...]  # (file, line, function), innermost first
-    owner: str = ""  # its category, where src/attribution.py noted one
+    owner: str = ""  # its category, where src/explain/recording.py noted one
 
 
 class FakeGpu(LiveMemory):
@@ -121,7 +95,7 @@ class FakeGpu(LiveMemory):
     `limit_bytes` bounds what can be reserved; without it everything fits.
     """
 
-    def __init__(self, card: Card = H100, limit_bytes: int | None = None) -> None:
+    def __init__(self, card: Gpu = H100, limit_bytes: int | None = None) -> None:
         super().__init__(CachingAllocator(limit_bytes))
         self.card = card
         self.phase = "load"
@@ -292,7 +266,7 @@ def _frames() -> tuple[tuple[str, int, str], ...]:
     frames, frame = [], sys._getframe(2)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if not name.startswith(("src.fake_gpu", "src.live_memory", "torch._dynamo", "torch._compile")):
+        if not name.startswith(("src.predict.fake_gpu", "src.predict.live_memory", "torch._dynamo", "torch._compile")):
             frames.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
         frame = frame.f_back
     return tuple(frames)

@@ -1,28 +1,28 @@
 """The experiment on a GPU that is not there: what its peak will be, what the peak is made of, and whether it fits.
 
-The script's own `build_experiment` and step run on fake tensors (see src/fake_gpu.py), so a prediction follows every
+The script's own `build_experiment` and step run on fake tensors (see fake_gpu.py), so a prediction follows every
 change of the experiment. Nothing is computed: there are no times, and no loss.
 """
 
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from src import records
-from src.attribution import Attribution
 from src.config import RunConfig
-from src.experiment import Build, Experiment
-from src.fake_gpu import H100, Card, FakeGpu
-from src.measure import Mark, PhasePeaks, measure_phases, no_mark
+from src.experiment import Build, Experiment, Mark, Script, no_mark
+from src.explain import CATEGORIES, save, timeline
+from src.explain.recording import Attribution
+from src.machine import H100, Gpu
+from src.measure import PhasePeaks, measure_phases
 from src.model_utils import flops_per_step, implementations, patched
-from src.recording import new_record, recording
-from src.simulated_snapshot import simulated_snapshot
-from src.snapshot import CATEGORIES, save, timeline
+from src.predict.fake_gpu import FakeGpu
+from src.predict.simulated_snapshot import simulated_snapshot
+from src.record import Record
+from src.record.recorder import Recorder
 from src.utils import GIB, UsageError, aligned_table, format_bytes, print_rank0
 
 
@@ -83,12 +83,25 @@ class Prediction:
         """Peak allocated."""
         return max(self.phases.peak_bytes.values())
 
+    def fill(self, record: Record) -> None:
+        """Put the prediction into a record; what was not simulated stays None."""
+        record.simulated_gpu = self.gpu.card.name
+        record.implementations = self.implementations
+        record.model_flops_per_step = self.model_flops
+        record.load_peak_bytes = self.load_peak_bytes
+        record.peak_memory_bytes = self.peak_bytes
+        record.peak_reserved_bytes = self.peak_reserved_bytes
+        record.phase_peak_bytes = self.phases.peak_bytes
+        record.peak_phase = "load" if self.load_peak_bytes > self.peak_bytes else self.phases.phase
+        record.peak_breakdown = self.breakdown
+        record.breakdown_peak_bytes = self.peak_bytes
+
 
 def predict(
     config: RunConfig,
     build: Build,
     *,
-    card: Card = H100,
+    card: Gpu = H100,
     limit_bytes: int | None = None,
     record_frames: bool = False,
 ) -> Prediction:
@@ -147,7 +160,7 @@ def _without_garbage_collector() -> Iterator[None]:
             gc.enable()
 
 
-def limit_bytes(config: RunConfig, card: Card = H100) -> int | None:
+def limit_bytes(config: RunConfig, card: Gpu = H100) -> int | None:
     """What the allocator may reserve under --gpu_memory_gib and --memory_limit_gib, None if neither is given."""
     limits = []
     if config.gpu_memory_gib is not None:
@@ -159,46 +172,28 @@ def limit_bytes(config: RunConfig, card: Card = H100) -> int | None:
     return min(limits, default=None)
 
 
-def fill_record(record: dict[str, Any], prediction: Prediction) -> None:
-    """Put a prediction into a record; what was not simulated stays None."""
-    phase = prediction.phases.phase
-    record |= {
-        "implementations": prediction.implementations,
-        "model_flops_per_step": prediction.model_flops,
-        "load_peak_bytes": prediction.load_peak_bytes,
-        "peak_memory_bytes": prediction.peak_bytes,
-        "peak_reserved_bytes": prediction.peak_reserved_bytes,
-        "phase_peak_bytes": prediction.phases.peak_bytes,
-        "peak_phase": "load" if prediction.load_peak_bytes > prediction.peak_bytes else phase,
-        "peak_breakdown": prediction.breakdown,
-        "breakdown_peak_bytes": prediction.peak_bytes,
-    }
-
-
-def main(config: RunConfig, build: Build) -> int:
+def main(config: RunConfig, script: Script) -> int:
     """Predict the experiment, record and print it; returns the exit status, 3 if it does not fit the card asked for."""
     limit = limit_bytes(config)
-    record = new_record("predicted", config, torch.device("cpu"))
-    record["simulated_gpu"] = H100.name
-    with recording(record, config):
-        prediction = predict(config, build, record_frames=bool(config.snapshot_dir))
-        fill_record(record, prediction)
+    recorder = Recorder(config, "predicted", torch.device("cpu"))
+    with recorder:
+        recorder.record.simulated_gpu = H100.name
+        prediction = predict(config, script.build_experiment, record_frames=bool(config.snapshot_dir))
+        prediction.fill(recorder.record)
         if config.snapshot_dir:
             save(simulated_snapshot(prediction.gpu, prediction.first_event), config.snapshot_file)
         if limit is not None:
-            predict(config, build, limit_bytes=limit)
-    print_rank0(records.report(record, config), records.files_written(config), sep="\n\n")
+            predict(config, script.build_experiment, limit_bytes=limit)
+    status = recorder.finish()
     if limit is not None:
-        answer = "fits" if record["status"] == "ok" else "does not fit"
+        answer = "fits" if recorder.record.status == "ok" else "does not fit"
         print_rank0(f"\nIt {answer} {format_bytes(limit)} of allocator memory.")
-    return records.exit_status(record)
+    return status
 
 
-def forecast(config: RunConfig, build: Build, strategies: dict[str, Any]) -> str:
-    """A table of what `config` would need under each strategy, side by side."""
-    predictions = {
-        name: predict(dataclasses.replace(config, strategy=strategy), build) for name, strategy in strategies.items()
-    }
+def forecast(config: RunConfig, build: Build, variants: Mapping[str, Mapping[str, object]]) -> str:
+    """A table of what `config` would need with each variant's settings in place of its own, side by side."""
+    predictions = {name: predict(dataclasses.replace(config, **own), build) for name, own in variants.items()}
     rows = [("", *predictions)]
     for category in CATEGORIES:
         rows.append((category.replace("_", " "), *(format_bytes(p.breakdown[category]) for p in predictions.values())))

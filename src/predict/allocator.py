@@ -9,7 +9,9 @@ expandable segments).
 import bisect
 from dataclasses import dataclass, field
 
-MIB = 2**20
+from src.experiment import OutOfMemory
+from src.utils import MIB, round_up
+
 MIN_BLOCK_BYTES = 512  # every request is rounded up to a multiple of this
 SMALL_BYTES = MIB  # requests up to this size share small segments
 SMALL_SEGMENT_BYTES = 2 * MIB
@@ -18,7 +20,7 @@ MIN_OWN_SEGMENT_BYTES = 10 * MIB  # from here a request gets a segment of its ow
 SEGMENT_ROUND_BYTES = 2 * MIB  # ... rounded up to a multiple of this
 
 
-class SimulatedOutOfMemory(Exception):
+class SimulatedOutOfMemory(OutOfMemory):
     """The simulated card has no room for a request."""
 
     def __init__(self, requested_bytes: int, free_bytes: int, allocated_bytes: int) -> None:
@@ -44,7 +46,7 @@ class Block:
 
 def rounded(count: int) -> int:
     """Bytes of the block that a request of `count` bytes needs."""
-    return max(MIN_BLOCK_BYTES, -(-count // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+    return max(MIN_BLOCK_BYTES, round_up(count, MIN_BLOCK_BYTES))
 
 
 def _segment_bytes(size: int) -> int:
@@ -52,7 +54,7 @@ def _segment_bytes(size: int) -> int:
         return SMALL_SEGMENT_BYTES
     if size < MIN_OWN_SEGMENT_BYTES:
         return LARGE_SEGMENT_BYTES
-    return -(-size // SEGMENT_ROUND_BYTES) * SEGMENT_ROUND_BYTES
+    return round_up(size, SEGMENT_ROUND_BYTES)
 
 
 class CachingAllocator:
@@ -80,8 +82,8 @@ class CachingAllocator:
         size = rounded(count)
         pool = self._small if size <= SMALL_BYTES else self._large
         block = self._best_fit(pool, size) or self._new_segment(pool, size)
-        left = block.size - size
-        if left >= MIN_BLOCK_BYTES if pool is self._small else left > SMALL_BYTES:
+        smallest_rest = MIN_BLOCK_BYTES if pool is self._small else SMALL_BYTES + MIN_BLOCK_BYTES
+        if block.size - size >= smallest_rest:
             self._split(block, size)
         block.is_free = False
         self.allocated_bytes += block.size

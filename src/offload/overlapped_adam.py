@@ -3,7 +3,7 @@
 DeepSpeed's optimizer step makes several passes over everything in host memory while the GPU waits. Here
 
 - a gradient crosses PCIe once and stays in 16 bits; its norm is taken on the GPU, without a wider copy;
-- unscaling, clipping, Adam and the conversion of the weights are one pass over memory (src/overlapped_adam.cpp);
+- unscaling, clipping, Adam and the conversion of the weights are one pass over memory (src/offload/overlapped_adam.cpp);
 - `step()` only starts the updates. They run in a thread, in the order in which the forward pass needs the weights,
   and a fetch waits for the update of what it fetches. No update is late: each forward pass sees all of them.
 """
@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch.utils.cpp_extension import load
 
-from src.utils import local_ranks, usable_cores
+from src.machine import local_ranks, usable_cores
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -17,15 +17,15 @@ as their partitions do; micro-batches after the first add a forward and a backwa
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from src.config import OffloadConfig
-from src.ds_utils import max_over_ranks
+from src.experiment import Runtime
+from src.machine import local_ranks
 from src.model_utils import TORCH_DTYPES, flops_per_step, parameter_counts
-from src.runtime import Runtime
-from src.utils import GIB, local_ranks
+from src.offload.team import largest
+from src.offload_config import OffloadConfig
+from src.utils import GIB
 
 # Bytes that one update of a parameter has to read and write: 16-bit gradient read; master weights and two moments read
 # and written; a 16-bit copy of the weights written unless they are the master weights.
@@ -55,9 +55,11 @@ def work(model: torch.nn.Module, config: OffloadConfig) -> tuple[float, float, d
     layers = layer * shape.num_hidden_layers
     passes = config.world_size * config.gradient_accumulation_steps
     forward = flops_per_step(model, config) / 3 / passes
-    not_again = shape.vocab_size + shape.num_hidden_layers * shape.intermediate_size  # LM head, each last projection
-    recomputed = forward - 2 * shape.hidden_size * not_again * config.tokens_per_step / passes
-    recomputed = recomputed if config.gradient_checkpointing else 0
+    recomputed = 0.0
+    if config.gradient_checkpointing:
+        lm_head, last_products = shape.vocab_size, shape.num_hidden_layers * shape.intermediate_size
+        not_again = 2 * shape.hidden_size * (lm_head + last_products) * config.tokens_per_step / passes
+        recomputed = forward - not_again
     width = TORCH_DTYPES[config.dtype].itemsize / config.world_size
     moved = {
         "forward_to_gpu": width * (layers + rest),
@@ -68,21 +70,23 @@ def work(model: torch.nn.Module, config: OffloadConfig) -> tuple[float, float, d
     return forward, 2 * forward + recomputed, moved
 
 
-def of_run(model: torch.nn.Module, config: OffloadConfig, runtime: Runtime) -> dict[str, Any]:
-    """`floor_s` and `floor` of a record; None if the GPU has no room left to measure its rates. All ranks call it."""
+def of_run(model: torch.nn.Module, config: OffloadConfig, runtime: Runtime) -> tuple[float | None, dict | None]:
+    """The floor in seconds and what it is made of; None if the GPU has no room left to measure its rates.
+
+    Every rank calls it.
+    """
     runtime.release_cache()
     try:
         rates = measure_rates(TORCH_DTYPES[config.dtype], runtime)
     except torch.OutOfMemoryError:
         rates = None
+    if largest(None if rates is None else 0) is None:
+        return None, None
     # The slowest rank's rates: all wait for it.
-    if max_over_ranks(None if rates is None else 0) is None:
-        return {}
-    rates = {name: 1 / max_over_ranks(1 / rate) for name, rate in rates.items()}
+    rates = {name: 1 / largest(1 / rate) for name, rate in rates.items()}
     flops_forward, flops_backward, moved = work(model, config)
     parts = floor_seconds(flops_forward, flops_backward, moved, rates, config.gradient_accumulation_steps)
-    floor_s = parts.pop("floor_s")
-    return {"floor_s": floor_s, "floor": parts | rates}
+    return parts.pop("floor_s"), parts | rates
 
 
 def measure_rates(dtype: torch.dtype, runtime: Runtime) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Ours beside DeepSpeed: overlapped Adam, the floor, host memory, several ranks."""

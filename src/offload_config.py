@@ -1,0 +1,140 @@
+"""What one run of the offloaded script is: `OffloadConfig`, its presets, and which script has which configuration."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from src.config import COUNT, DTYPES, RunConfig, option
+from src.utils import UsageError
+
+# DeepSpeed's CPU Adam, all of it in the optimizer phase; and ours, which updates while the next forward pass runs.
+OFFLOAD_OPTIMIZERS = ("deepspeed_cpu_adam", "overlapped_cpu_adam")
+STATES = ("fp32", "bf16")
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+
+# The original's settings, which are the defaults, and ours for speed. What neither names is the same in both.
+PRESETS: dict[str, dict[str, Any]] = {
+    "original": {
+        "dtype": "fp16",
+        "optimizer": "deepspeed_cpu_adam",
+        "optimizer_states": "fp32",
+        "reduce_bucket_size": 1e5,
+        "sub_group_size": 0,
+        "fetch_layers": False,
+        "prefetch_layers": 0,
+    },
+    "fast": {
+        "dtype": "bf16",
+        "optimizer": "overlapped_cpu_adam",
+        "optimizer_states": "fp32",
+        "reduce_bucket_size": None,
+        "sub_group_size": None,
+        "fetch_layers": True,
+        "prefetch_layers": 1,
+    },
+}
+
+
+_ORIGINAL = PRESETS["original"]
+_DECAY = (0, 1 - 1e-9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadConfig(RunConfig):
+    """One run under ZeRO-3 with everything offloaded to the CPU. Run names are relative to the preset."""
+
+    script: ClassVar[str] = "deepspeed"
+    without_flag: ClassVar[frozenset[str]] = frozenset({"world_size", "dry_run", "gpu_memory_gib", "find_max"})
+
+    preset: str = option("original", "the original's settings, or ours for speed", tag="", choices=tuple(PRESETS))
+    world_size: int = option(1, "processes, one per GPU", tag="gpus", bounds=(1, 2**20))
+    batch_size: int = option(
+        4, "sequences per GPU and micro-batch", flags=("per_device_train_batch_size",), bounds=(1, COUNT)
+    )
+    seq_length: int = option(1024, "tokens per sequence", flags=("max_seq_len",), bounds=(2, COUNT))
+    iterations: int = option(5, "timed steps", tag="iters", flags=("num_train_iterations",), bounds=(1, COUNT))
+    dtype: str = option(_ORIGINAL["dtype"], "weights and gradients", tag="", choices=DTYPES)
+    optimizer: str = option(_ORIGINAL["optimizer"], "how weights are updated", tag="", choices=OFFLOAD_OPTIMIZERS)
+    optimizer_states: str = option(
+        _ORIGINAL["optimizer_states"], "master weights and Adam's moments", tag="states", choices=STATES
+    )
+    learning_rate: float = option(1e-4, "of the optimizer", tag="lr", bounds=(1e-30, 1e30))
+    weight_decay: float = option(0.01, "of the optimizer", tag="wd", bounds=(0, 1e6))
+    beta_0: float = option(0.9, "decay of Adam's first moment", tag="beta0-", bounds=_DECAY)
+    beta_1: float = option(0.95, "decay of Adam's second moment", tag="beta1-", bounds=_DECAY)
+    gradient_clipping: float = option(
+        0.9, "largest norm of all gradients; 0 clips nothing", tag="clip", bounds=(0, 1e30)
+    )
+    lr_scheduler_type: str = option("cosine", "learning-rate schedule", tag="", choices=SCHEDULERS)
+    num_warmup_steps: int = option(0, "of the learning-rate schedule", tag="lrwarmup", bounds=(0, COUNT))
+    fp16_loss_scale_window: int = option(
+        100, "steps without overflow before the loss scale doubles", tag="window", bounds=(1, COUNT)
+    )
+    fp16_initial_scale_power: int = option(7, "the loss scale starts at 2 to this power", tag="scale", bounds=(0, 32))
+    fp16_hysteresis: int = option(1, "overflows before the loss scale halves", tag="hysteresis", bounds=(1, COUNT))
+    reduce_bucket_size: float | None = option(
+        _ORIGINAL["reduce_bucket_size"],
+        "gradient elements reduced at a time; fast: a layer",
+        tag="bucket",
+        bounds=(1, 2**40),
+    )
+    sub_group_size: float | None = option(
+        _ORIGINAL["sub_group_size"], "elements updated at a time; fast: a layer", tag="sub", bounds=(0, 2**40)
+    )
+    fetch_layers: bool = option(
+        _ORIGINAL["fetch_layers"], "fetch a whole decoder layer at a time, not each weight", tag="fetchlayers"
+    )
+    prefetch_layers: int = option(
+        _ORIGINAL["prefetch_layers"], "decoder layers fetched ahead", tag="prefetch", bounds=(0, 2**20)
+    )
+    cpu_threads: int | None = option(
+        None, "threads of overlapped_cpu_adam; default: all cores but one", tag="threads", bounds=(1, 2**20)
+    )
+    ds_override: str = option("{}", "JSON merged into the DeepSpeed configuration; null removes", tag="ds")
+    step_per_print: int = option(10, "steps between DeepSpeed's own reports", bounds=(1, COUNT))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimizer == "overlapped_cpu_adam" and self.dtype == "fp16":
+            raise UsageError("--optimizer overlapped_cpu_adam has no fp16: use --dtype bf16")
+        if self.optimizer_states == "bf16" and self.dtype != "bf16":
+            raise UsageError(f"--optimizer_states bf16 goes with --dtype bf16, not {self.dtype}")
+        self.ds_overrides  # noqa: B018  a malformed one is told now
+
+    @property
+    def ds_overrides(self) -> dict[str, Any]:
+        """`ds_override`, parsed."""
+        try:
+            overrides = json.loads(self.ds_override)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"--ds_override is not JSON: {error}") from error
+        if not isinstance(overrides, dict):
+            raise UsageError("--ds_override must be a JSON object")
+        return overrides
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of one optimizer step, on all GPUs."""
+        return super().global_batch_size * self.world_size
+
+    @property
+    def description(self) -> str:
+        """What one step trains on, and how, for a person."""
+        processes = f" x {self.world_size} processes" if self.world_size > 1 else ""
+        size = f"batch {self.batch_size} x {self.seq_length} tokens{self._times()}{processes}"
+        states = f"{self.dtype} with {self.optimizer_states} optimizer states"
+        return f"{size}, {states}, ZeRO-3 offload, preset {self.preset}"
+
+    def _original_name(self) -> str:
+        return (
+            f"bs{self.global_batch_size}_seq{self.seq_length}_liger_rope{self.rope:d}_silu{self.swiglu:d}"
+            f"_rms{self.rms_norm:d}_flce{self.flce:d}"
+        )
+
+    def usual(self, f: dataclasses.Field) -> Any:
+        """The value of a field in the run's preset."""
+        return PRESETS[self.preset].get(f.name, f.default)
+
+
+CONFIGS: dict[str, type[RunConfig]] = {config.script: config for config in (RunConfig, OffloadConfig)}

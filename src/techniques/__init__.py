@@ -1,0 +1,77 @@
+"""The registry of everything that can be turned on: one entry is a feature.
+
+Flags, run names, records, axes of grids, figure legends, kernel checks and dry runs follow from the entries.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from src.techniques.attention import ATTENTION
+from src.techniques.checkpointing import CHECKPOINTING
+from src.techniques.kernels import KERNELS
+from src.techniques.optimizers import OPTIMIZER
+from src.techniques.technique import Config, Model, Technique
+from src.utils import UsageError
+
+TECHNIQUES: dict[str, Technique] = {t.name: t for t in (*KERNELS, *CHECKPOINTING, OPTIMIZER, ATTENTION)}
+KERNEL_NAMES = tuple(t.name for t in TECHNIQUES.values() if t.is_kernel)
+
+
+def kernels_only(*names: str) -> dict[str, bool]:
+    """The switches of all kernels, of which `names` are on. Raises `UsageError`."""
+    if unknown := set(names) - set(KERNEL_NAMES):
+        raise UsageError(f"unknown kernel {sorted(unknown)}: choose from {', '.join(KERNEL_NAMES)}")
+    return {name: name in names for name in KERNEL_NAMES}
+
+
+# The study's three strategies: the word of a grid -> switches, and the names that the study's figures use.
+STRATEGIES: dict[str, Mapping[str, bool]] = {
+    "none": kernels_only(),
+    "no_flce": kernels_only("rope", "swiglu", "rms_norm"),
+    "all": kernels_only(*KERNEL_NAMES),
+}
+TITLES = {"none": "No Liger Kernel", "no_flce": "Liger Kernel w/o FLCE", "all": "All Liger Kernel"}
+
+
+def kernels_title(config: Config) -> str:
+    """The study's name for the kernels of a run, or the kernels that are on."""
+    for word, switches in STRATEGIES.items():
+        if all(getattr(config, name) == is_on for name, is_on in switches.items()):
+            return TITLES[word]
+    return " + ".join(name for name in KERNEL_NAMES if getattr(config, name)) + " only"
+
+
+def title(config: Config) -> str:
+    """A run's kernels, and what else it has on that is compared with them."""
+    others = [t for t in TECHNIQUES.values() if t.compared and not t.is_kernel and t.differs(config)]
+    return ", ".join([kernels_title(config), *(f"{t.name} {getattr(config, t.name)}" for t in others)])
+
+
+def without(config: Config) -> dict[str, Any]:
+    """The settings that turn off, in a run, all that is compared: Hugging Face's own code."""
+    return {t.name: False if t.is_kernel else t.default for t in TECHNIQUES.values() if t.compared}
+
+
+def check(config: Config) -> None:
+    """Raises `UsageError` if what a run turns on cannot be, or would do nothing."""
+    for technique in TECHNIQUES.values():
+        if config.script not in technique.scripts:
+            continue
+        missing = [name for name in technique.needs if not getattr(config, name)]
+        if missing and technique.differs(config):
+            flag = TECHNIQUES[missing[0]].flag or missing[0]
+            raise UsageError(f"--{technique.name} does nothing without --{flag} 1")
+        if reason := technique.refusal(config):
+            raise UsageError(reason)
+
+
+def apply_to_model(model: Model, config: Config) -> None:
+    """Do to a built model what the run's techniques do to it."""
+    for technique in TECHNIQUES.values():
+        if technique.to_model is not None:
+            technique.to_model(model, config)
+
+
+def forward_arguments(config: Config) -> dict[str, Any]:
+    """What every call of the model gets beside the batch."""
+    return {name: value for t in TECHNIQUES.values() for name, value in t.forward_arguments(config).items()}
