@@ -127,7 +127,7 @@ def patched() -> Iterator[None]:
 
 
 def implementations(model: PreTrainedModel) -> dict[str, str]:
-    """Qualified names of the functions and classes that implement each technique's part in this model, loss included."""
+    """Qualified names of the functions and classes that implement each technique's part in this model, and the loss."""
     parts = {t.name: t.implementation(model) for t in TECHNIQUES.values() if t.implementation is not None}
     parts |= {"cross_entropy": torch.nn.functional.cross_entropy, "decoder_layer": type(model.model.layers[0])}
     return {name: f"{part.__module__}.{part.__qualname__}" for name, part in parts.items()}

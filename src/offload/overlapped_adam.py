@@ -3,7 +3,7 @@
 DeepSpeed's optimizer step makes several passes over everything in host memory while the GPU waits. Here
 
 - a gradient crosses PCIe once and stays in 16 bits; its norm is taken on the GPU, without a wider copy;
-- unscaling, clipping, Adam and the conversion of the weights are one pass over memory (src/offload/overlapped_adam.cpp);
+- unscaling, clipping, Adam and the conversion of the weights are one pass over memory (overlapped_adam.cpp);
 - `step()` only starts the updates. They run in a thread, in the order in which the forward pass needs the weights,
   and a fetch waits for the update of what it fetches. No update is late: each forward pass sees all of them.
 """

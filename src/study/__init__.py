@@ -1,0 +1,1 @@
+"""Grids of runs, what they showed side by side: figures and tables."""

@@ -38,7 +38,7 @@ Cells = Mapping[Cell, Record]
 
 
 def style_of(strategy: str, among: Sequence[str]) -> dict[str, Any]:
-    """Colour and hatching of a strategy's bars: the study's three have their own, others are told apart `among` them."""
+    """Colour and hatching of a strategy's bars: the study's three have their own, others differ `among` themselves."""
     if strategy in STYLES:
         return STYLES[strategy]
     others = [name for name in among if name not in STYLES]
@@ -223,7 +223,10 @@ def _finish(drawing: Figure, axes: Axes, group: Sequence[Record], strategies: Se
     width = round(_CHARACTERS_AN_INCH * drawing.get_figwidth())
     title = [textwrap.fill(words, width) for words in (setting_words(measured), "; ".join(notes))]
     drawing.suptitle("\n".join(title), fontsize=9)
-    handles = [axes.bar(0, 0, label=name, edgecolor="black", linewidth=0.5, **style_of(name, strategies)) for name in strategies]
+    handles = [
+        axes.bar(0, 0, label=name, edgecolor="black", linewidth=0.5, **style_of(name, strategies))
+        for name in strategies
+    ]
     drawing.legend(handles=handles, loc="outside lower center", ncols=len(strategies), fontsize=9, frameon=False)
 
 

@@ -20,7 +20,10 @@ def to_csv(table: Table) -> str:
     return text.getvalue().rstrip("\n")
 
 
-FORMATS: dict[str, Callable[[Table], str]] = {"markdown": lambda table: markdown_table(table[0], table[1:]), "csv": to_csv}
+FORMATS: dict[str, Callable[[Table], str]] = {
+    "markdown": lambda table: markdown_table(table[0], table[1:]),
+    "csv": to_csv,
+}
 
 
 def runs_table(found: Sequence[Record]) -> Table:

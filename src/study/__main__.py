@@ -1,0 +1,108 @@
+"""Runs a grid of experiments with either script; survives whatever becomes of a single one, and goes on where it was.
+
+    python -m src.study study --dry_run                                     # predict the original's grids, no GPU
+    python -m src.study study --script deepspeed --preset fast              # measure them
+    python -m src.study study --script deepspeed --memory_limit_gib 24      # as on a 24 GB card
+    python -m src.study study --script deepspeed --num_gpus 4               # each cell on four GPUs
+    python -m src.study batch_size=1,2,4 seq_length=512 strategy=none,all --dtype fp32
+
+A grid is `batch` (the original's batch sizes at 1024 tokens), `sequence` (its lengths at batch 4), `study` (both) or
+axes like batch_size=1,2,4 over any setting; strategies are none, no_flce, all or kernels like rope+flce. Other flags go
+to the script as they are. Each cell leaves its record in --result_dir; what has one is not run again, nor without a
+memory limit what ran under one and never met it. A cell that crashes, hangs or is killed is recorded as that, and the
+sweep goes on. Cells beyond one that ran out of memory with the same settings are not run but recorded as `inferred`;
+--every_cell runs them.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+
+from src.utils import ExitStatus, UsageError, error_line
+
+
+@contextlib.contextmanager
+def _interruptible(numbers: Sequence[int]) -> Iterator[None]:
+    """Let a request to terminate end the study as Ctrl-C does; one that is ignored, as under nohup, stays so."""
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _require_gpus(count: int) -> None:
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found == 0:
+        raise UsageError("no GPU here: --dry_run predicts the grid, --device cpu runs tiny models")
+    if found < count:
+        raise UsageError(f"--num_gpus {count}, but {found} here")
+
+
+def _parsed() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="python -m src.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("grid", nargs="+", help="batch, sequence, study, or axes like batch_size=1,2,4")
+    scripts = ("all_gpu", "deepspeed")
+    parser.add_argument("--script", choices=scripts, default="all_gpu", help="which experiment (default: %(default)s)")
+    parser.add_argument("--num_gpus", type=int, default=1, help="GPUs of a cell under --script deepspeed")
+    parser.add_argument("--every_cell", action="store_true", help="run cells that cannot fit, too")
+    parser.add_argument("--timeout_s", type=float, default=900, help="the longest a cell may take")
+    arguments, flags = parser.parse_known_args()
+    if arguments.num_gpus < 1 or (arguments.num_gpus > 1 and arguments.script != "deepspeed"):
+        parser.error("--num_gpus must be 1 or more, and 1 without --script deepspeed")
+    if not 0 < arguments.timeout_s < float("inf"):
+        parser.error(f"--timeout_s must be a number of seconds greater than 0, got {arguments.timeout_s:g}")
+    return arguments, flags
+
+
+def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
+    # Imported here, so that --help and most mistakes need not wait for PyTorch. Triton reads this while it is imported.
+    if any(word in ("--device=cpu", "cpu") for word in flags):
+        os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # look for a GPU without initialising CUDA
+    from tqdm import tqdm
+
+    from src.study.grids import grid_axes, script, tasks
+    from src.study.sweep import Sweep
+
+    tqdm.monitor_interval = 0  # no thread beside a process that forks
+    axes = grid_axes(arguments.grid)
+    if not {"--dry_run", "--device"} & {flag.partition("=")[0] for flag in flags}:
+        _require_gpus(arguments.num_gpus)
+    # Snapshots and logs of a whole grid are asked for, not usual.
+    flags = ["--snapshot_dir=", "--log_dir=", *flags]
+    found = tasks(axes, script(arguments.script), flags, arguments.num_gpus)
+    return Sweep(found, timeout_s=arguments.timeout_s, every_cell=arguments.every_cell).run()
+
+
+def main() -> int:
+    """Run the grid on the command line; returns the exit status."""
+    arguments, flags = _parsed()
+    try:
+        with _interruptible((signal.SIGTERM, signal.SIGHUP)):
+            return _sweep(arguments, flags)
+    except UsageError as error:
+        error_line(error)
+        return ExitStatus.BAD_ARGUMENTS
+    except OSError as error:
+        error_line(f"{error}; the same command goes on where this one was")
+        return ExitStatus.FAILED
+    except KeyboardInterrupt:
+        error_line("interrupted; the same command goes on where this one was")
+        return ExitStatus.INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

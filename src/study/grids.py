@@ -1,0 +1,94 @@
+"""Grids of runs: the original's two, and axes like batch_size=1,2,4 over any setting."""
+
+import dataclasses
+import importlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from src.cli import command_line
+from src.config import RunConfig
+from src.experiment import Script
+from src.study.answers import BATCH_SIZES, FIXED_BATCH, FIXED_LENGTH, SEQ_LENGTHS
+from src.techniques import STRATEGIES, kernels_only
+from src.utils import UsageError
+
+Axes = dict[str, list[str]]  # setting -> values, as on a command line
+
+_BATCH: Axes = {"seq_length": [str(FIXED_LENGTH)], "batch_size": [str(size) for size in BATCH_SIZES]}
+_SEQUENCE: Axes = {"batch_size": [str(FIXED_BATCH)], "seq_length": [str(length) for length in SEQ_LENGTHS]}
+# Name -> axes of each part.
+GRIDS: dict[str, list[Axes]] = {"batch": [_BATCH], "sequence": [_SEQUENCE], "study": [_BATCH, _SEQUENCE]}
+
+SCRIPTS = {"all_gpu": "all_gpu_liger_kernel", "deepspeed": "deepspeed_liger_kernel"}
+
+
+def script(name: str) -> Script:
+    """One of the two scripts. Imports it, and with it torch."""
+    return importlib.import_module(SCRIPTS[name]).SCRIPT
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of a grid."""
+
+    config: RunConfig
+    arguments: tuple[str, ...]  # of the script
+
+    @property
+    def label(self) -> str:
+        """What tells it apart, for a person."""
+        return f"{self.config.title}, {self.config.batch_size} x {self.config.seq_length}"
+
+
+def grid_axes(words: Sequence[str]) -> list[Axes]:
+    """The axes of each part of the grid that `words` name. Raises `UsageError`."""
+    if len(words) == 1 and words[0] in GRIDS:
+        return GRIDS[words[0]]
+    axes: Axes = {}
+    for word in words:
+        name, separator, values = word.partition("=")
+        if not separator or not all(values.split(",")):
+            raise UsageError(f"{word!r} is no grid: take one of {', '.join(GRIDS)}, or axes like batch_size=1,2,4")
+        if name in axes:
+            raise UsageError(f"{name} is given twice")
+        axes[name] = values.split(",")
+    return [axes]
+
+
+def strategy_of(word: str) -> dict[str, bool]:
+    """The kernels' switches that a word names: none, no_flce, all, or kernels like rope+flce. Raises `UsageError`."""
+    try:
+        return dict(STRATEGIES[word]) if word in STRATEGIES else kernels_only(*word.split("+"))
+    except UsageError as error:
+        raise UsageError(f"strategy={word}: {error}, or one of {', '.join(STRATEGIES)}") from error
+
+
+def tasks(axes: Sequence[Axes], of: Script, flags: Sequence[str], num_gpus: int = 1) -> list[Task]:
+    """Every run of the grid once: strategy by strategy, the smallest first, so that the largest can be inferred.
+
+    Those that differ in their sizes alone stand together.
+    """
+    found: dict[str, Task] = {}
+    for part in axes:
+        names = [name for name in part if name != "strategy"]
+        for word in part.get("strategy", list(STRATEGIES)):
+            kernels = [f"--{name}={int(is_on)}" for name, is_on in strategy_of(word).items()]
+            for values in itertools.product(*(part[name] for name in names)):
+                own = [f"--{name}={value}" for name, value in zip(names, values)]
+                task = _task(of, [*kernels, *own, *flags], num_gpus)
+                found.setdefault(task.config.run_name, task)
+    order = {key: i for i, key in enumerate(dict.fromkeys(but_for_sizes(t.config) for t in found.values()))}
+    return sorted(found.values(), key=lambda task: (order[but_for_sizes(task.config)], task.config.tokens_per_step))
+
+
+def but_for_sizes(config: RunConfig) -> RunConfig:
+    """`config` with its sizes replaced: the same for runs that differ in nothing else."""
+    return dataclasses.replace(config, batch_size=1, seq_length=2)
+
+
+def _task(of: Script, arguments: list[str], num_gpus: int) -> Task:
+    config = command_line(None, of.defaults, of.cpu_defaults, arguments).config
+    if num_gpus > 1:
+        config = dataclasses.replace(config, world_size=num_gpus)
+    return Task(config, tuple(arguments))
