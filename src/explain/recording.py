@@ -43,10 +43,9 @@ class Attributed(Protocol):
 class Attribution:
     """Tells `sink` what the memory is for while `experiment`'s step runs."""
 
-    def __init__(self, sink: Sink, experiment: Attributed, *, gradient_checkpointing: bool) -> None:
+    def __init__(self, sink: Sink, experiment: Attributed) -> None:
         self._sink = sink
         self._experiment = experiment
-        self._checkpointing = gradient_checkpointing
         self._phase = ""
         self._running: list[tuple[str, int]] = []  # modules that are running, and the autograd node each began at
         self._node = ""  # label of the autograd node that is running
@@ -112,8 +111,8 @@ class Attribution:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             # A recomputation may end early, by an exception.
             handles.append(module.register_forward_hook(self._leave_module, always_call=True))
-        if self._checkpointing:
-            for layer in model.model.layers:
+        for layer in model.model.layers:
+            if layer.gradient_checkpointing:
                 handles.append(layer.register_forward_pre_hook(self._note_checkpoint, with_kwargs=True))
         try:
             yield
@@ -186,7 +185,7 @@ def _note(text: str) -> None:
         pass
 
 
-def record_step(experiment: Attributed, *, gradient_checkpointing: bool, context: str = "all") -> dict[str, Any]:
+def record_step(experiment: Attributed, *, context: str = "all") -> dict[str, Any]:
     """Run one step with the CUDA allocator's history on; returns PyTorch's snapshot with labels and notes in it.
 
     `context` says which events keep their Python stack: "all", "alloc" or, quicker, None.
@@ -197,7 +196,7 @@ def record_step(experiment: Attributed, *, gradient_checkpointing: bool, context
         max_entries=MAX_ENTRIES, stacks="python", context=context, global_record_annotations=True
     )
     try:
-        Attribution(_AllocatorHistory(), experiment, gradient_checkpointing=gradient_checkpointing).step()
+        Attribution(_AllocatorHistory(), experiment).step()
         torch.cuda.synchronize()
         _note(f"{PEAK} {torch.cuda.max_memory_allocated()}")
         snapshot = torch.cuda.memory._snapshot()

@@ -123,7 +123,7 @@ def predict(
         gpu.record_frames, first_event = record_frames, len(gpu.events)
         reserved = 0
 
-        attribution = Attribution(gpu, experiment, gradient_checkpointing=config.gradient_checkpointing)
+        attribution = Attribution(gpu, experiment)
 
         def step(mark: Mark) -> torch.Tensor:
             def enter_phase(phase: str) -> None:

@@ -202,8 +202,7 @@ class Recorder:
             trace_step(experiment.step, self.config.trace_file, keeps=self._team.keeps)
 
     def _record_breakdown(self, experiment: Experiment) -> Timeline:
-        checkpointing = self.config.gradient_checkpointing
-        snapshot = record_step(experiment, gradient_checkpointing=checkpointing, context=experiment.snapshot_context)
+        snapshot = record_step(experiment, context=experiment.snapshot_context)
         found = timeline(snapshot)
         self.add_breakdown(found)
         if self._team.keeps:
