@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from transformers import PretrainedConfig
 
 from src.experiment import Runtime
 from src.machine import local_ranks
@@ -55,11 +56,8 @@ def work(model: torch.nn.Module, config: OffloadConfig) -> tuple[float, float, d
     layers = layer * shape.num_hidden_layers
     passes = config.world_size * config.gradient_accumulation_steps
     forward = flops_per_step(model, config) / 3 / passes
-    recomputed = 0.0
-    if config.gradient_checkpointing:
-        lm_head, last_products = shape.vocab_size, shape.num_hidden_layers * shape.intermediate_size
-        not_again = 2 * shape.hidden_size * (lm_head + last_products) * config.tokens_per_step / passes
-        recomputed = forward - not_again
+    recomputed = forward - _never_recomputed(shape) * config.tokens_per_step / passes
+    recomputed *= sum(layer.gradient_checkpointing for layer in model.model.layers) / shape.num_hidden_layers
     width = TORCH_DTYPES[config.dtype].itemsize / config.world_size
     moved = {
         "forward_to_gpu": width * (layers + rest),
@@ -68,6 +66,11 @@ def work(model: torch.nn.Module, config: OffloadConfig) -> tuple[float, float, d
         "adam": UPDATE_BYTES[config.optimizer_states] * (layers + rest) * local_ranks() / config.world_size,
     }
     return forward, 2 * forward + recomputed, moved
+
+
+def _never_recomputed(shape: PretrainedConfig) -> int:
+    """Operations a token of the LM head and, in each layer, of the MLP's last product, whose result nothing needs."""
+    return 2 * shape.hidden_size * (shape.vocab_size + shape.num_hidden_layers * shape.intermediate_size)
 
 
 def of_run(model: torch.nn.Module, config: OffloadConfig, runtime: Runtime) -> tuple[float | None, dict | None]:
