@@ -54,4 +54,16 @@ KERNELS = (
         liger_switch="fused_linear_cross_entropy",
         implementation=lambda model: model.forward.__func__,
     ),
+    Technique(
+        name="flce_chunks",
+        default=1,
+        help="logits of a chunk of tokens may take as much memory as this many inputs of the LM head (Liger: 1)",
+        tag="chunks",
+        bounds=(1, 1024),
+        needs=("flce",),
+        compared=True,
+        changes_numerics=True,
+        # Liger's forward passes it on to its loss. Its own default is not given: the call is then the original's.
+        forward_arguments=lambda config: {"chunk_mem_const": config.flce_chunks} if config.flce_chunks > 1 else {},
+    ),
 )

@@ -1,0 +1,51 @@
+"""Each entry of the registry: what its flag does to the run, its name, its peak and its numbers."""
+
+import dataclasses
+
+import pytest
+
+import all_gpu_liger_kernel as script
+from src import techniques
+from src.check import interpreter, kernels
+from src.config import RunConfig
+from src.offload_config import OffloadConfig
+from src.predict.dry_run import predict
+from src.utils import UsageError
+
+TINY = RunConfig(model_name="tiny-llama", batch_size=1, seq_length=64, iterations=1, warmup=0, dtype="fp32")
+
+
+def largest_difference(config: RunConfig) -> float:
+    """How far the gradients of a run are from Hugging Face's, relative, in Triton's interpreter."""
+    interpreter.enable()
+    off = dataclasses.replace(config, **techniques.without(config))
+    ours, theirs = (kernels.train(c, script.build_experiment) for c in (config, off))
+    return kernels.relative_difference(ours.gradient, theirs.gradient)
+
+
+def test_flce_chunks_names_the_run_and_needs_its_kernel() -> None:
+    assert RunConfig(flce_chunks=8).run_name == RunConfig().run_name + "_chunks8"
+    assert OffloadConfig(flce_chunks=8).run_name == OffloadConfig().run_name + "_chunks8"
+    assert RunConfig(flce_chunks=8).title == "All Liger Kernel, flce_chunks 8"
+    with pytest.raises(UsageError, match="--flce_chunks does nothing without --enable_flce 1"):
+        techniques.check(RunConfig(flce_chunks=8, flce=False))
+
+
+def sizes_in_loss(config: RunConfig) -> set[int]:
+    """Bytes of the blocks that the simulated step asks for in the loss."""
+    events = predict(config, script.build_experiment).gpu.events
+    return {allocation.size for action, allocation in events if action == "alloc" and allocation.module == "loss"}
+
+
+def test_flce_chunks_is_the_memory_of_a_chunks_logits() -> None:
+    """Liger's chunk is as many tokens as have logits (V x 2 bytes each) of C inputs (tokens x H x 2 bytes)."""
+    config = RunConfig(model_name="tiny-llama", batch_size=4, seq_length=1024)  # V = 4096, H = 64
+    logits = {chunks: chunks * 4 * 1024 * 64 * 2 for chunks in (1, 8)}
+    found = {chunks: sizes_in_loss(dataclasses.replace(config, flce_chunks=chunks)) for chunks in logits}
+    assert logits[1] in found[1]
+    assert logits[8] not in found[1]
+    assert logits[8] in found[8]
+
+
+def test_flce_chunks_computes_what_hugging_face_computes() -> None:
+    assert largest_difference(dataclasses.replace(TINY, flce_chunks=4)) < kernels.TOLERANCE
