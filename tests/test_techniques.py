@@ -1,6 +1,8 @@
 """Each entry of the registry: what its flag does to the run, its name, its peak and its numbers."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ import all_gpu_liger_kernel as script
 from src import techniques
 from src.check import interpreter, kernels
 from src.config import RunConfig
+from src.families import shipped
 from src.offload_config import OffloadConfig
 from src.predict.dry_run import predict
 from src.utils import UsageError
@@ -49,3 +52,27 @@ def test_flce_chunks_is_the_memory_of_a_chunks_logits() -> None:
 
 def test_flce_chunks_computes_what_hugging_face_computes() -> None:
     assert largest_difference(dataclasses.replace(TINY, flce_chunks=4)) < kernels.TOLERANCE
+
+
+def test_checkpoint_every_names_the_run_and_needs_checkpointing() -> None:
+    assert RunConfig(checkpoint_every=2).run_name == RunConfig().run_name + "_every2"
+    with pytest.raises(UsageError, match="--checkpoint_every does nothing without --gradient_checkpointing 1"):
+        techniques.check(RunConfig(checkpoint_every=2, gradient_checkpointing=False))
+
+
+def test_checkpoint_every_leaves_every_other_layer_its_activations(tmp_path: Path) -> None:
+    shape = shipped("tiny-llama")[1] | {"model_type": "llama", "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    config = RunConfig(model_name=str(tmp_path), batch_size=16, seq_length=1024)
+    settings = ({}, {"checkpoint_every": 2}, {"gradient_checkpointing": False})  # of four layers: all, two, none
+    predictions = [predict(dataclasses.replace(config, **own), script.build_experiment) for own in settings]
+    every, second, none = (p.peak_bytes for p in predictions)
+    assert every < second < none
+    layers = predictions[1].experiment.model.model.layers
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False, True, False]
+
+
+def test_checkpoint_every_computes_the_same() -> None:
+    own, usual = dataclasses.replace(TINY, checkpoint_every=2, flce=False), dataclasses.replace(TINY, flce=False)
+    gradients = [kernels.train(config, script.build_experiment).gradient for config in (own, usual)]
+    assert (gradients[0] == gradients[1]).all()
