@@ -108,7 +108,58 @@ _LLAMA = Family(
     },
 )
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (_LLAMA,)}
+
+def _qwen3(**shape: Any) -> Shape:
+    """What the dense Qwen3 models share, with one model's own sizes."""
+    return {
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    } | shape
+
+
+_QWEN3 = Family(
+    model_type="qwen3",
+    config_class="Qwen3Config",
+    causal_lm="Qwen3ForCausalLM",
+    decoder_layer="Qwen3DecoderLayer",
+    liger_patch="apply_liger_kernel_to_qwen3",
+    shapes={
+        "Qwen/Qwen3-0.6B": _qwen3(
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            tie_word_embeddings=True,
+        ),
+        "Qwen/Qwen3-4B": _qwen3(
+            hidden_size=2560,
+            intermediate_size=9728,
+            num_hidden_layers=36,
+            num_attention_heads=32,
+            tie_word_embeddings=True,
+        ),
+        "tiny-qwen3": {
+            "vocab_size": 4096,
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+    },
+)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (_LLAMA, _QWEN3)}
 
 SHAPES: dict[str, tuple[Family, Shape]] = {
     name: (family, shape) for family in FAMILIES.values() for name, shape in family.shapes.items()
