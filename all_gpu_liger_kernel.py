@@ -58,6 +58,7 @@ import sys
 import torch
 
 from src.check import kernels
+from src.check.parity import measure_parity
 from src.cli import run
 from src.experiment import Experiment, Mark, Runtime, Script, no_mark, random_batches, set_seed
 from src.measure import measure, measure_phases
@@ -112,7 +113,11 @@ def main(config: RunConfig, planned: RunConfig | None = None) -> int:
         recorder.add_model(experiment, runtime)
         recorder.add_measurement(measure(experiment.step, runtime, warmup=config.warmup, iterations=config.iterations))
         recorder.add_phases(measure_phases(experiment.step, runtime, experiment.grad_norm))
-    return recorder.finish(experiment)
+    status = recorder.finish(experiment)
+    if config.parity:
+        del experiment  # three models come and go on the GPU now
+        recorder.add_parity(lambda: measure_parity(config, runtime.device))
+    return status
 
 
 SCRIPT = Script(

@@ -42,6 +42,7 @@ from typing import Any
 import torch
 
 from src.check import interpreter
+from src.check.parity import measure_parity
 from src.cli import run
 from src.ds_utils import KeptEngine, build_engine, init_distributed, shut_down
 from src.experiment import Mark, Runtime, Script, no_mark, random_batches_of_rank, set_seed
@@ -108,6 +109,9 @@ def main(config: OffloadConfig, planned: OffloadConfig | None = None, build: Bui
     status = recorder.finish(experiment)
     if recorder.record.status == "ok" and build is build_engine:
         shut_down(experiment)
+        if config.parity:
+            del experiment
+            recorder.add_parity(lambda: measure_parity(config, runtime.device))
     return status
 
 

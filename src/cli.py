@@ -35,18 +35,28 @@ def command_line(
     given.pop("local_rank", None)  # launchers pass it on; the environment says the same
     try:
         preset = PRESETS[given.get("preset", defaults.preset)] if isinstance(defaults, OffloadConfig) else {}
-        planned = dataclasses.replace(defaults, **preset | given | {"device": "cuda"})
-        techniques.check(planned)
+        planned = _complete(dataclasses.replace(defaults, **preset | given | {"device": "cuda"}), given)
         device = "cuda" if _plans(planned) else given.get("device", defaults.device)
         if device == "auto":
             device = "cuda" if machine.has_gpu() else "cpu"
         config = planned
         if device == "cpu":
             os.environ["TRITON_INTERPRET"] = "1"
-            config = dataclasses.replace(defaults, **preset | dict(cpu_defaults) | given | {"device": "cpu"})
+            own = preset | dict(cpu_defaults) | given | {"device": "cpu"}
+            config = _complete(dataclasses.replace(defaults, **own), given)
+        if ranks.is_first_here():
+            for line in techniques.warnings(config):
+                print("warning:", line, file=sys.stderr, flush=True)
         return Command(config, planned)
     except UsageError as error:
         sys.exit(_refused(error))
+
+
+def _complete(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    """With the values that follow from others. Raises `UsageError` if what is turned on cannot be."""
+    complete = dataclasses.replace(config, **techniques.chosen(config, given))
+    techniques.check(complete)
+    return complete
 
 
 def _plans(config: RunConfig) -> bool:

@@ -99,6 +99,7 @@ class RunConfig(Techniques):
     pretrained: bool = option(False, "load the real weights, not random ones", tag="pretrained")
     seed: int = option(42, "of weights and tokens", tag="seed", bounds=(0, 2**63 - 1))
     breakdown: bool = option(True, "record one more step: the memory snapshot, and what the peak is made of")
+    parity: bool = option(False, "compare the gradients with fp32's, beside Hugging Face's own error")
     result_dir: str = option("results", "where the record goes", is_place=True)
     snapshot_dir: str = option("snap_shots", "where the memory snapshot goes; '' writes none", is_place=True)
     log_dir: str = option("logs", "where TensorBoard logs and the trace go; '' writes none", is_place=True)

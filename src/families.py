@@ -91,6 +91,20 @@ _LLAMA = Family(
             head_dim=128,
             tie_word_embeddings=False,
         ),
+        # For loss curves (src/check/convergence.py): some 40 million weights.
+        "small-llama": {
+            "vocab_size": 16384,
+            "hidden_size": 512,
+            "intermediate_size": 1408,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
         # For CPUs: about the proportions of Llama 3.2 1B (vocabulary and MLP over hidden size), 1/3000 of its weights.
         "tiny-llama": {
             "vocab_size": 4096,

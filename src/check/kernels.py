@@ -14,6 +14,7 @@ import torch
 from src import techniques
 from src.check import interpreter
 from src.check.devices import TrackedHost
+from src.check.parity import measure_parity
 from src.config import RunConfig
 from src.experiment import Build, Script
 from src.families import SHAPES
@@ -31,7 +32,9 @@ from src.utils import ExitStatus, UsageError, aligned_table, format_bytes
 # Kernels and Hugging Face's code add up the same numbers in another order: differences of a few roundings each.
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
 
-FULL_SIZE = {name + suffix for name in SHAPES if not name.startswith("tiny-") for suffix in ("", "-Instruct")}
+FULL_SIZE = {
+    name + suffix for name in SHAPES if not name.startswith(("tiny-", "small-")) for suffix in ("", "-Instruct")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +126,15 @@ def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
 
     Returns the exit status, 1 if a technique disagrees.
     """
-    if config.dtype != "fp32" or config.memory_limit_gib is not None:
-        raise UsageError("on a CPU the kernels are checked in fp32 and without --memory_limit_gib")
+    if config.memory_limit_gib is not None:
+        raise UsageError("on a CPU there is no --memory_limit_gib: --dry_run --memory_limit_gib says what fits")
+    if config.dtype != "fp32" and not config.parity:
+        raise UsageError("on a CPU the kernels are checked in fp32; --parity compares gradients in any dtype")
     if config.model_name in FULL_SIZE:
         raise UsageError(f"{config.model_name} needs a GPU: Triton's interpreter is too slow for it; use tiny-llama")
     interpreter.enable()
+    if config.parity:
+        return _parity(config)
     print("No GPU in use: checking the Liger kernels against Hugging Face's code on the CPU, in Triton's interpreter.")
     if planned is not None:
         print(_forecast(planned, script.build_experiment))
@@ -147,6 +154,16 @@ def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
     print(table(rows), files_written(config), sep="\n\n")
     print("\nRunning this on a GPU would add measured peaks, latency, throughput, a snapshot and a trace.")
     return ExitStatus.DONE if all(row.agrees for row in rows) else ExitStatus.FAILED
+
+
+def _parity(config: RunConfig) -> int:
+    """Compare the run's gradients with fp32's; returns the exit status, 1 if they are less exact than Hugging Face's."""
+    print("No GPU in use: comparing gradients on the CPU, the kernels in Triton's interpreter.", flush=True)
+    recorder = Recorder(config, "interpreted", torch.device("cpu"))
+    with recorder:
+        recorder.record.parity = measure_parity(config, torch.device("cpu"))
+    recorder.finish()
+    return ExitStatus.DONE if recorder.record.parity.agrees else ExitStatus.FAILED
 
 
 def _forecast(planned: RunConfig, build: Build) -> str:

@@ -1,5 +1,29 @@
 """The record of a run: its type, its files, and the one door through which it is filled and written."""
 
-from src.record.record import SCHEMA, Environment, Failure, Frontier, KernelCheck, Record, load, load_all, save
+from src.record.record import (
+    SCHEMA,
+    Environment,
+    Failure,
+    Frontier,
+    GradientError,
+    KernelCheck,
+    Parity,
+    Record,
+    load,
+    load_all,
+    save,
+)
 
-__all__ = ["SCHEMA", "Environment", "Failure", "Frontier", "KernelCheck", "Record", "load", "load_all", "save"]
+__all__ = [
+    "SCHEMA",
+    "Environment",
+    "Failure",
+    "Frontier",
+    "GradientError",
+    "KernelCheck",
+    "Parity",
+    "Record",
+    "load",
+    "load_all",
+    "save",
+]

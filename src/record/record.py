@@ -70,6 +70,28 @@ class KernelCheck(_Typed):
     agrees: bool
 
 
+class GradientError(_Typed):
+    """Relative errors of one pass against Hugging Face's code in fp32; None: not finite."""
+
+    loss: float | None
+    gradient: float | None  # over all parameters: ||g - g_fp32|| / ||g_fp32||
+    worst: float | None  # the same, of the parameter where it is largest
+    worst_parameter: str
+
+
+class Parity(_Typed):
+    """How exact a run's gradients are, beside Hugging Face's code in the same dtype. See src/check/parity.py."""
+
+    tokens: int  # of the batch that was compared
+    dtype: str
+    loss_scale: float | None  # of fp16
+    reference_loss: float
+    run: GradientError
+    hugging_face: GradientError
+    ratio: float | None  # the run's error of the whole gradient over Hugging Face's
+    agrees: bool
+
+
 class Frontier(_Typed):
     """The answer of --find_max."""
 
@@ -116,6 +138,7 @@ class Record(_Typed):
     peak_phase: str | None = None
     phase_peak_bytes: dict[str, int | None] | None = None
     kernel_check: list[KernelCheck] | None = None  # of an interpreted run
+    parity: Parity | None = None
     frontier: Frontier | None = None  # of --find_max
     environment: Environment
     error: Failure | None = None

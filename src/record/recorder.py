@@ -10,6 +10,7 @@ return recorder.finish(experiment)   # prints the report, records the diagnostic
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -25,8 +26,8 @@ from src.explain.recording import record_step
 from src.measure import Measurement, PhasePeaks
 from src.measure.devices import OutOfMemoryWatch
 from src.model_utils import flops_per_step, implementations
-from src.record.record import Environment, Failure, Record, load, save
-from src.record.report import breakdown, files_written, report, summary
+from src.record.record import Environment, Failure, Parity, Record, load, save
+from src.record.report import breakdown, files_written, parity_table, report, summary
 from src.record.tensorboard import trace_step, write_tensorboard
 from src.utils import UsageError, check_writable, error_line, first_line, print_rank0, quartiles
 
@@ -190,6 +191,21 @@ class Recorder:
             self._diagnose(experiment)
         print_rank0("\n" + files_written(self.config))
         return self.record.exit_status
+
+    def add_parity(self, compare: Callable[[], Parity]) -> None:
+        """Fill in and print how exact the gradients are, by `compare`; one rank does it, after everything else.
+
+        Running out of memory there costs the comparison, not what was measured before.
+        """
+        if self.record.status != "ok" or not self._team.keeps:
+            return
+        try:
+            self.record.parity = compare()
+        except torch.OutOfMemoryError:
+            print_rank0("\nParity: not measured, the GPU has no room for the comparison")
+            return
+        save(self.record, self.config.record_file, summary)
+        print_rank0("\n" + parity_table(self.record.parity))
 
     def _diagnose(self, experiment: Experiment) -> None:
         on_gpu, found = self.record.mode == "measured", None

@@ -4,7 +4,7 @@ import math
 
 from src.config import RunConfig
 from src.explain import breakdown_table
-from src.record.record import Failure, Record
+from src.record.record import Failure, Parity, Record
 from src.utils import MIB, aligned_table, format_bytes
 
 
@@ -37,6 +37,8 @@ def summary(record: Record) -> str:
         parts.append(_figures(record))
     if record.peak_breakdown is not None:
         parts.append(breakdown(record))
+    if record.parity is not None:
+        parts.append(parity_table(record.parity))
     if record.status == "oom":
         parts.append(_oom_summary(record.error))
     if record.status == "error":
@@ -51,6 +53,27 @@ def breakdown(record: Record) -> str:
         return text
     difference = (record.breakdown_peak_bytes - record.peak_memory_bytes) / MIB
     return f"{text}\nrecorded in one more step, whose peak differs by {difference:+,.1f} MiB"
+
+
+def parity_table(parity: Parity) -> str:
+    """How far the run's gradients are from fp32's, beside Hugging Face's code in the same dtype, and the verdict."""
+    rows = [("Gradients against fp32", "whole gradient", "worst parameter", "", "loss")]
+    for name, error in (("this run", parity.run), ("Hugging Face", parity.hugging_face)):
+        numbers = [_percent(value) for value in (error.gradient, error.worst, error.loss)]
+        rows.append((f"  {name}, {parity.dtype}", numbers[0], numbers[1], error.worst_parameter, numbers[2]))
+    verdict = "as exact as Hugging Face's code" if parity.agrees else "WRONG: less exact than Hugging Face's code"
+    times = "" if parity.ratio is None else f" ({parity.ratio:.2f} times its error)"
+    return f"{aligned_table(rows, 'lrrlr')}\nParity, {parity.tokens:,} tokens: {verdict}{times}"
+
+
+def _percent(value: float | None) -> str:
+    return (
+        "not finite"
+        if value is None or not math.isfinite(value)
+        else f"{value:.3%}"
+        if value > 1e-4
+        else f"{value:.1e}"
+    )
 
 
 def _figures(record: Record) -> str:

@@ -3,7 +3,7 @@
 Flags, run names, records, axes of grids, figure legends, kernel checks and dry runs follow from the entries.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from src.techniques.attention import ATTENTION
@@ -48,8 +48,8 @@ def title(config: Config) -> str:
 
 
 def without(config: Config) -> dict[str, Any]:
-    """The settings that turn off, in a run, all that is compared: Hugging Face's own code."""
-    return {t.name: False if t.is_kernel else t.default for t in TECHNIQUES.values() if t.compared}
+    """The settings that turn off, in a run, what is compared and what needs it: Hugging Face's own code."""
+    return {t.name: False if t.is_kernel else t.default for t in TECHNIQUES.values() if t.compared or t.needs}
 
 
 def check(config: Config) -> None:
@@ -63,6 +63,17 @@ def check(config: Config) -> None:
             raise UsageError(f"--{technique.name} does nothing without --{flag} 1")
         if reason := technique.refusal(config):
             raise UsageError(reason)
+
+
+def chosen(config: Config, given: Collection[str]) -> dict[str, Any]:
+    """Values of settings that are not among the `given` ones and depend on others."""
+    own = {t.name: t.chosen(config) for t in TECHNIQUES.values() if t.name not in given}
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def warnings(config: Config) -> list[str]:
+    """What a user must know of a run's techniques, a line each."""
+    return [line for t in TECHNIQUES.values() if (line := t.warning(config))]
 
 
 def apply_to_model(model: Model, config: Config) -> None:

@@ -1,12 +1,42 @@
 """The Liger kernels. Off means Hugging Face's own code."""
 
 import sys
+from typing import Any
 
-from src.techniques.technique import Model, Technique
+from src.techniques.technique import Config, Model, Technique
 
 
 def _rotary(model: Model) -> object:
     return sys.modules[type(model).__module__].apply_rotary_pos_emb
+
+
+def _tokens_with_labels(config: Config) -> dict[str, int]:
+    """With their number Liger adds up the tokens' losses, and divides after the backward pass has scaled them.
+
+    The labels are the tokens, shifted by one, so the last of each sequence has none.
+    """
+    count = config.batch_size * (config.seq_length - 1)
+    return {"num_items_in_batch": count} if config.flce_reduction == "sum" else {}
+
+
+def _accumulation(config: Config) -> dict[str, Any]:
+    import torch
+
+    return {"accum_dtype": torch.float32} if config.flce_accumulation == "fp32" else {}
+
+
+def _underflow(config: Config) -> str | None:
+    """FLCE makes the gradient in the forward pass, before the loss is scaled.
+
+    Under "mean" it is divided by the number of tokens there, which takes most of it below what fp16 can hold
+    (linkedin/Liger-Kernel issue 512).
+    """
+    if not (config.flce and config.dtype == "fp16" and config.flce_reduction == "mean"):
+        return None
+    return (
+        "fp16 with FLCE's mean trains wrongly: gradients are divided by the number of tokens before the loss scale "
+        "lifts them, and underflow; --flce_reduction sum does not, nor does --dtype bf16"
+    )
 
 
 KERNELS = (
@@ -65,5 +95,28 @@ KERNELS = (
         changes_numerics=True,
         # Liger's forward passes it on to its loss. Its own default is not given: the call is then the original's.
         forward_arguments=lambda config: {"chunk_mem_const": config.flce_chunks} if config.flce_chunks > 1 else {},
+    ),
+    Technique(
+        name="flce_reduction",
+        default="mean",
+        help="how FLCE adds up the tokens' losses; the default is sum under fp16, where mean trains wrongly, else mean",
+        tag="",
+        choices=("mean", "sum"),
+        needs=("flce",),
+        changes_numerics=True,
+        forward_arguments=_tokens_with_labels,
+        warning=_underflow,
+        chosen=lambda config: "sum" if config.flce and config.dtype == "fp16" else None,
+    ),
+    Technique(
+        name="flce_accumulation",
+        default="model",
+        help="dtype in which FLCE adds up the LM head's gradient over its chunks: the model's, or fp32",
+        tag="accumulate-",
+        choices=("model", "fp32"),
+        needs=("flce",),
+        changes_numerics=True,
+        forward_arguments=_accumulation,
+        chosen=lambda config: "fp32" if config.flce and config.dtype == "fp16" else None,
     ),
 )

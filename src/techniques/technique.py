@@ -30,6 +30,9 @@ class Technique:
     liger_switch: str | None = None  # of a Liger kernel: the usual name of the switch in Liger's patch of a family
     scripts: tuple[str, ...] = ("all_gpu", "deepspeed")
     refusal: Callable[[Config], str | None] = lambda config: None  # why a run with it cannot be, in one line
+    warning: Callable[[Config], str | None] = lambda config: None  # what a user must know before it runs, in one line
+    # The value of a run that names none, where it depends on the run's other settings; None: the default.
+    chosen: Callable[[Config], Any] = lambda config: None
 
     # What it does, in the order of a run.
     to_model: Callable[[Model, Config], None] | None = None  # to the built model
