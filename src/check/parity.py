@@ -5,12 +5,15 @@ run's dtype, the run's techniques in it, and Hugging Face's code in fp32, which 
 norms over all parameters, ||g - g_fp32|| / ||g_fp32||, and the largest of a single parameter. fp16 goes through the
 loss scale that the run begins with, halved until every gradient is finite, as a loss scaler would.
 
-Gradients wait on the host, and the reference takes a sequence at a time, so that what fits the GPU in the run's dtype
-can be compared. Under ZeRO-3 the model is compared by itself, on one GPU: partitioning rounds nothing.
+The reference takes a sequence at a time, and where the GPU has no room, gradients wait on the host: what fits the GPU
+in the run's dtype can be compared. Under ZeRO-3 the model is compared by itself, on one GPU: partitioning adds no
+rounding.
 """
 
 import dataclasses
 import gc
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -20,39 +23,59 @@ from src.config import RunConfig
 from src.experiment import Batch, random_batches, set_seed
 from src.model_utils import build_model, patched
 from src.record import GradientError, Parity
-from src.utils import MIB
 
 # Where a run's error is this many times Hugging Face's own, it computes something else than Hugging Face's code does.
 TOLERATED = 1.5
 GRAD_SCALER_START = 2.0**16  # of torch.amp.GradScaler
 
-Gradients = dict[str, torch.Tensor]  # parameter -> gradient on the host
+Gradients = dict[str, torch.Tensor]  # parameter -> gradient
 
 
 def measure_parity(config: RunConfig, device: torch.device) -> Parity:
     """Compare the gradients of one micro-batch of `config`. Needs the device for itself; may run out of memory."""
-    one = dataclasses.replace(config, gradient_accumulation_steps=1, warmup=0)
+    return next(iter(compare([config], device)))[1]
+
+
+def compare(configs: Sequence[RunConfig], device: torch.device) -> Iterator[tuple[RunConfig, Parity]]:
+    """The parity of each of `configs`, which differ in nothing but techniques, and share the references."""
+    one = dataclasses.replace(configs[0], gradient_accumulation_steps=1)
     plain = dataclasses.replace(one, **techniques.without(one))
     with patched():
         model = _built(plain, device)
-        weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
-        theirs = _pass(model, plain, device)
+        rest = _resting_place(model, device)
+        weights = {name: p.detach().to(rest, copy=True) for name, p in model.named_parameters()}
+        theirs = _pass(model, plain, device, rest)
+        reference = _reference(model, plain, device, rest)
         del model
-    with patched():
-        ours = _pass(_built(one, device, weights), one, device)
-    with patched():
-        reference = _reference(_built(plain, device, weights), plain, device)
-    hugging_face, run = _errors(theirs, reference, device), _errors(ours, reference, device)
-    return Parity(
-        tokens=one.batch_size * one.seq_length,
-        dtype=one.dtype,
-        loss_scale=ours.scale,
-        reference_loss=reference.loss,
-        run=run,
-        hugging_face=hugging_face,
-        ratio=None if run.gradient is None or not hugging_face.gradient else run.gradient / hugging_face.gradient,
-        agrees=agrees(run, hugging_face),
-    )
+    hugging_face = _errors(theirs, reference, device)
+    for config in configs:
+        with patched():
+            variant = dataclasses.replace(config, gradient_accumulation_steps=1)
+            ours = theirs if variant == plain else _pass(_built(variant, device, weights), variant, device, rest)
+        run = _errors(ours, reference, device)
+        yield (
+            config,
+            Parity(
+                tokens=one.batch_size * one.seq_length,
+                dtype=one.dtype,
+                loss_scale=ours.scale,
+                reference_loss=reference.loss,
+                run=run,
+                hugging_face=hugging_face,
+                ratio=None
+                if run.gradient is None or not hugging_face.gradient
+                else run.gradient / hugging_face.gradient,
+                agrees=agrees(run, hugging_face),
+            ),
+        )
+
+
+def _resting_place(model: PreTrainedModel, device: torch.device) -> torch.device:
+    """Where weights and gradients wait: on a GPU with room for them all, otherwise on the host."""
+    count = sum(p.numel() for p in model.parameters())
+    waiting = count * (4 + 3 * model.dtype.itemsize)  # fp32 gradients, and in the run's dtype two more and the weights
+    has_room = device.type == "cuda" and waiting < torch.cuda.get_device_properties(device).total_memory / 4
+    return device if has_room else torch.device("cpu")
 
 
 def agrees(run: GradientError, hugging_face: GradientError) -> bool:
@@ -91,14 +114,14 @@ def _batch(model: PreTrainedModel, config: RunConfig, device: torch.device) -> B
     return random_batches(model.config.vocab_size, config, device)[0]
 
 
-def _pass(model: PreTrainedModel, config: RunConfig, device: torch.device) -> _Pass:
+def _pass(model: PreTrainedModel, config: RunConfig, device: torch.device, rest: torch.device) -> _Pass:
     """One pass in the run's dtype, through its loss scale if it is fp16."""
     scale = _first_scale(config) if config.dtype == "fp16" else None
     batch = _batch(model, config, device)
     while True:
         loss = model(**batch).loss
         (loss if scale is None else loss * scale).backward()
-        gradients = _taken(model)
+        gradients = _taken(model, rest)
         if scale is None or scale <= 1 or all(torch.isfinite(g).all() for g in gradients.values()):
             return _Pass(loss.item(), gradients, scale)
         scale /= 2
@@ -109,7 +132,7 @@ def _first_scale(config: RunConfig) -> float:
     return GRAD_SCALER_START if power is None else 2.0**power
 
 
-def _reference(model: PreTrainedModel, config: RunConfig, device: torch.device) -> _Pass:
+def _reference(model: PreTrainedModel, config: RunConfig, device: torch.device, rest: torch.device) -> _Pass:
     """Hugging Face's code in fp32, a sequence at a time: all have as many tokens, so their mean is the batch's."""
     model = model.float()
     batch, losses = _batch(model, config, device), []
@@ -117,14 +140,14 @@ def _reference(model: PreTrainedModel, config: RunConfig, device: torch.device) 
         loss = model(input_ids=ids, labels=ids).loss / config.batch_size
         loss.backward()
         losses.append(loss.item())
-    return _Pass(sum(losses), _taken(model), None)
+    return _Pass(sum(losses), _taken(model, rest), None)
 
 
-def _taken(model: PreTrainedModel) -> Gradients:
-    """The model's gradients, moved to the host."""
+def _taken(model: PreTrainedModel, rest: torch.device) -> Gradients:
+    """The model's gradients, moved to where they wait."""
     gradients = {}
     for name, parameter in model.named_parameters():
-        gradients[name] = parameter.grad.cpu()
+        gradients[name] = parameter.grad.to(rest)
         parameter.grad = None
     gc.collect()
     return gradients
@@ -134,19 +157,16 @@ def _errors(found: _Pass, reference: _Pass, device: torch.device) -> GradientErr
     """Errors of a pass's loss and gradients against the reference's; None where they are not finite."""
     difference, norm, worst = 0.0, 0.0, (0.0, "")
     for name, wanted in reference.gradients.items():
-        wanted = wanted.to(device).double() if wanted.numel() < 64 * MIB else wanted.to(device)
-        own = found.gradients[name].to(device).to(wanted.dtype) / (found.scale or 1.0)
-        off, size = ((own - wanted).norm().item(), wanted.norm().item())
+        wanted = wanted.to(device)
+        own = found.gradients[name].to(device).float() / (found.scale or 1.0)
+        off, size = (own - wanted).norm().item(), wanted.norm().item()
         difference, norm = difference + off**2, norm + size**2
         # A parameter whose gradient is zero everywhere has no relative error.
         worst = max(worst, (off / size if size else 0.0, name), key=lambda pair: _finite_first(pair[0]))
     loss = abs(found.loss - reference.loss) / abs(reference.loss)
-    return GradientError(
-        loss=loss,
-        gradient=(difference / norm) ** 0.5,
-        worst=worst[0],
-        worst_parameter=worst[1],
-    )
+    values = (loss, (difference / norm) ** 0.5, worst[0])
+    finite = [value if math.isfinite(value) else None for value in values]
+    return GradientError(loss=finite[0], gradient=finite[1], worst=finite[2], worst_parameter=worst[1])
 
 
 def _finite_first(value: float) -> float:

@@ -117,6 +117,5 @@ KERNELS = (
         needs=("flce",),
         changes_numerics=True,
         forward_arguments=_accumulation,
-        chosen=lambda config: "fp32" if config.flce and config.dtype == "fp16" else None,
     ),
 )
