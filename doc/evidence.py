@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from doc import original
 from src import records, study
 from src.config import PRESETS, STRATEGIES, OffloadConfig, RunConfig, Strategy, config_of
+from src.explain.reading import read
+from src.explain.timeline import Timeline
 from src.figures import all_figures, predicted_and_measured, setting_words
 from src.model_utils import load_model_config, parameter_counts
-from src.snapshot import Timeline, read
 from src.study import Record
 from src.utils import GIB, MIB, UsageError, next_power_of_two
 

@@ -12,8 +12,8 @@ from doc import evidence, original, report_tables, tables
 from doc.evidence import ALL_KERNELS, NO_FLCE, NO_KERNELS, Folder, Record, Shape, Study
 from src import study
 from src.config import STRATEGIES, RunConfig, Strategy, config_of
+from src.explain.categories import CATEGORIES
 from src.figures import setting_words
-from src.snapshot import CATEGORIES
 
 BATCHES = (1, 4, 8, 16, 32)
 OFFLOADED = ((NO_KERNELS, 4), (ALL_KERNELS, 4), (NO_KERNELS, 32), (ALL_KERNELS, 32), (ALL_KERNELS, 96))

@@ -1,4 +1,4 @@
-"""The report's own figures, and those of src/figures.py and src/memory_plot.py for the study's records."""
+"""The report's own figures, and those of src/figures.py and src/explain/plot.py for the study's records."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,11 +11,11 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from doc import evidence, facts
 from doc.evidence import ALL_KERNELS, NO_FLCE, NO_KERNELS, Folder, Study
 from doc.facts import BATCHES, MODELS
-from src import figures, memory_plot, study
+from src import figures, study
 from src.config import Strategy
+from src.explain import plot
+from src.explain.categories import CATEGORIES, COLOURS
 from src.figures import STYLES, THREE, Axis
-from src.memory_plot import COLOURS
-from src.snapshot import CATEGORIES
 from src.utils import GIB, MIB
 
 TOKENS = 8 * 1024  # of the step that the diagrams show
@@ -63,7 +63,7 @@ def timelines(name: str, words: Sequence[str]) -> Figure:
     """Memory over a step without and with Liger kernels, from the committed snapshots."""
     gpus = {run["environment"]["gpu"] for run in facts.peaks().values()}
     titles = [f"{strategy.title}, 8 x 1024, {', '.join(gpus)}" for strategy in (NO_KERNELS, ALL_KERNELS)]
-    drawing = memory_plot.figure({title: evidence.snapshot(name.format(w)) for title, w in zip(titles, words)})
+    drawing = plot.figure({title: evidence.snapshot(name.format(w)) for title, w in zip(titles, words)})
     return _smaller(drawing, 9.5, 6.2)
 
 

@@ -28,10 +28,10 @@ from src import records
 from src.allocator import SimulatedOutOfMemory
 from src.config import DTYPES, PRESETS, RunConfig, Strategy, config_of
 from src.dry_run import predict
+from src.explain.report import waterfall
 from src.fake_gpu import H100
 from src.figures import setting_words
 from src.model_utils import SHAPES, TORCH_DTYPES
-from src.snapshot import waterfall
 from src.study import gpu_name, thread_variables, without_its_limit
 from src.tables import markdown, number_or_empty
 from src.utils import GIB, MIB, UsageError, error_line

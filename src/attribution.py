@@ -2,7 +2,7 @@
 
 Hooks tell a `Sink` which module or autograd node is about to ask for memory, which blocks hold weights, gradients and
 the like, and which phase begins. On a GPU the sink is the CUDA allocator's own history, in which labels and notes
-become part of the snapshot; in a dry run it is the simulated GPU. src/snapshot.py reads both. No dispatch mode is
+become part of the snapshot; in a dry run it is the simulated GPU. src/explain/ reads both. No dispatch mode is
 involved: under one, autograd would not add gradients in place, and the peak would be another.
 """
 
@@ -15,9 +15,11 @@ import torch
 
 from src import records
 from src.config import RunConfig
+from src.explain.categories import LOSS_MODULE, OWNER, PEAK, PHASE
+from src.explain.reading import save
+from src.explain.timeline import Timeline, timeline
 from src.measure import Mark, Step, no_mark
 from src.recording import add_breakdown
-from src.snapshot import LOSS_MODULE, OWNER, PEAK, PHASE, Timeline, save, timeline
 
 # Allocator events kept: one step of an 8B model without gradient checkpointing has about 10,000.
 MAX_ENTRIES = 100_000

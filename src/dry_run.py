@@ -17,12 +17,14 @@ from src import records
 from src.attribution import Attribution
 from src.config import RunConfig
 from src.experiment import Build, Experiment
+from src.explain.categories import CATEGORIES
+from src.explain.reading import save
+from src.explain.timeline import timeline
 from src.fake_gpu import H100, Card, FakeGpu
 from src.measure import Mark, PhasePeaks, measure_phases, no_mark
 from src.model_utils import flops_per_step, implementations, patched
 from src.recording import new_record, recording
 from src.simulated_snapshot import simulated_snapshot
-from src.snapshot import CATEGORIES, save, timeline
 from src.utils import GIB, UsageError, aligned_table, format_bytes, print_rank0
 
 

@@ -24,11 +24,11 @@ from transformers.integrations import HfDeepSpeedConfig
 from src import ranks, records
 from src.attribution import Attribution
 from src.config import OffloadConfig
+from src.explain.categories import GATHER, REDUCE
 from src.live_memory import tensors_in
 from src.measure import Measurement, PhasePeaks, Step
 from src.model_utils import TORCH_DTYPES, build_model, load_model_config, parameter_counts
 from src.optimizer_utils import build_offload_optimizer, build_scheduler
-from src.snapshot import GATHER, REDUCE
 from src.utils import GIB, UsageError, error_line, is_rank0, local_ranks, next_power_of_two, print_rank0
 
 

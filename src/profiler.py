@@ -11,9 +11,9 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from src.config import RunConfig, Strategy, config_of
+from src.explain.plot import figure
+from src.explain.timeline import Timeline
 from src.measure import Mark, Measurement, Step
-from src.memory_plot import figure
-from src.snapshot import Timeline
 from src.utils import GIB, MIB, format_bytes, write_atomically
 
 # Columns of TensorBoard's HPARAMS page, which shows the first five: tag -> (key of the record, divisor).

@@ -11,9 +11,9 @@ import torch
 from src import runtime
 from src.allocator import SimulatedOutOfMemory
 from src.config import RunConfig, config_of
+from src.explain.timeline import Timeline
 from src.measure import Measurement, PhasePeaks
 from src.records import EMPTY, first_line, load, processes, save, summary
-from src.snapshot import Timeline
 from src.utils import UsageError, check_writable, median_and_iqr, print_rank0
 
 

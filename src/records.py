@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from src.config import RunConfig, config_of
-from src.snapshot import breakdown_table
+from src.explain.report import breakdown_table
 from src.utils import (
     MIB,
     ExitStatus,
@@ -52,7 +52,7 @@ EMPTY: dict[str, Any] = {
     "losses": None,
     "loss": None,  # of the last timed step
     "grad_norm": None,
-    "peak_breakdown": None,  # category -> bytes at the peak of the step below, see src/snapshot.py
+    "peak_breakdown": None,  # category -> bytes at the peak of the step below, see src/explain/
     "breakdown_peak_bytes": None,  # peak of the step in which the breakdown was recorded
     "peak_phase": None,
     "phase_peak_bytes": None,

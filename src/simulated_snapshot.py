@@ -3,8 +3,8 @@
 from typing import Any
 
 from src.allocator import SMALL_SEGMENT_BYTES
+from src.explain.categories import OWNER, PHASE
 from src.fake_gpu import Allocation, FakeGpu
-from src.snapshot import OWNER, PHASE
 
 
 def simulated_snapshot(gpu: FakeGpu, first_event: int) -> dict[str, Any]:

@@ -16,12 +16,13 @@ from src.allocator import rounded
 from src.attribution import Attribution
 from src.config import RunConfig, Strategy
 from src.dry_run import predict
+from src.explain.categories import GATHER, LOSS_MODULE, REDUCE
+from src.explain.timeline import timeline
 from src.fake_gpu import FakeGpu
 from src.live_memory import tensors_in
 from src.measure import PHASES, no_mark
 from src.runtime import CpuRuntime
 from src.simulated_snapshot import simulated_snapshot
-from src.snapshot import GATHER, LOSS_MODULE, REDUCE, timeline
 from tests.helpers import HUGGING_FACE, strategy_id, tiny_config
 from tests.test_offload import LAYERS, PRESET_NAMES, STEPS, Driver, reference_case
 

@@ -27,9 +27,9 @@ from src import model_utils, records
 from src.allocator import SimulatedOutOfMemory, rounded
 from src.config import MAX_TOKENS, OPTIMIZERS, STRATEGIES, RunConfig, Strategy
 from src.dry_run import forecast, limit_bytes, predict
+from src.explain.categories import CATEGORIES
 from src.fake_gpu import H100
 from src.model_utils import KERNELS, Kernel, build_model
-from src.snapshot import CATEGORIES
 from src.utils import GIB, MIB, UsageError
 from tests.helpers import HUGGING_FACE, ROOT, SCRIPT, assert_one_error_line, run_watched, strategy_id
 from tests.helpers import STRATEGIES as EACH_STRATEGY

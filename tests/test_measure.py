@@ -17,11 +17,13 @@ from src import measure as measure_module
 from src import recording, records
 from src.attribution import record_breakdown, record_step
 from src.config import Strategy
+from src.explain.categories import LOSS_MODULE, PHASE
+from src.explain.reading import read
+from src.explain.timeline import timeline
 from src.live_memory import LiveMemory
 from src.measure import PHASES, measure, measure_phases, no_mark
 from src.profiler import trace_step
 from src.runtime import CpuRuntime, HostRuntime
-from src.snapshot import LOSS_MODULE, PHASE, read, timeline
 from src.utils import MIB, median_and_iqr
 from tests.helpers import HUGGING_FACE, strategy_id, tiny_config
 

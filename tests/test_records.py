@@ -15,9 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from src import recording, records
 from src.config import OffloadConfig
+from src.explain.timeline import timeline
 from src.measure import Measurement, PhasePeaks
 from src.profiler import write_tensorboard
-from src.snapshot import timeline
 from src.utils import MIB, UsageError, write_atomically
 from tests.helpers import tiny_config
 

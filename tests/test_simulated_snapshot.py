@@ -9,8 +9,8 @@ import pytest
 import all_gpu_liger_kernel as script
 from src.config import RunConfig
 from src.dry_run import predict
+from src.explain.reading import save
 from src.simulated_snapshot import simulated_snapshot
-from src.snapshot import save
 from src.utils import MIB
 from tests.helpers import HUGGING_FACE, SCRIPT, run_python
 
