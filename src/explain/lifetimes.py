@@ -67,6 +67,7 @@ class _Sorter:
         self._sort_made(phase)
         self._sort_before()
         self._sort_residents()
+        self._sort_by_sizes(phase)
         self._fill(phase)
         return _NAMES, phase, self._category, [(start, _NAMES[code]) for start, code in self._runs if code]
 
@@ -121,13 +122,18 @@ class _Sorter:
         self._category[in_step] = np.where(survives, codes["optimizer_state"], codes["optimizer_temporaries"])[in_step]
 
         boundary = self._next_run((_FORWARD, _OPTIMIZER))[start]
-        outlives = (device.end > boundary) | ((device.end == self._count) & (boundary == self._count))
+        outlives = (device.end >= boundary) & (boundary < self._count) | (
+            (device.end == self._count) & (boundary == self._count)
+        )
         uncertain = ~np.isin(self._category, [codes[name] for name in _CERTAIN])
         in_backward = self._made & (phase == _BACKWARD)
         self._category[in_backward & uncertain & (outlives | self._accumulates)] = codes["gradients"]
+        # A fused loss makes gradients in the forward pass. Logits that a variable still holds go in the next forward.
+        released_in_step = np.append(self._of_event, 0)[device.end] == _OPTIMIZER
+        in_forward = self._made & (phase == _FORWARD)
+        self._category[in_forward & uncertain & outlives & released_in_step] = codes["gradients"]
 
         kept = device.end > self._next_run((_BACKWARD,))[start]
-        in_forward = self._made & (phase == _FORWARD)
         self._category[in_forward & uncertain & self._checkpointed & kept] = codes["checkpoints"]
         workspace = self._made & (phase > 0) & (device.size == _CUBLAS_WORKSPACE) & (device.end == self._count)
         self._category[workspace] = codes["library_workspace"]
@@ -151,14 +157,14 @@ class _Sorter:
         """Blocks that are there all the time, of a program that trains: weights and optimizer state, by their sizes."""
         device, codes = self._device, self._codes
         steps = any(code == _OPTIMIZER for _, code in self._runs)
-        gradients = Counter(device.size[self._largest_gradients()].tolist())
+        gradients = Counter(device.requested[self._largest_gradients()].tolist())
         first_model = next((start for start, code in self._runs if code == _FORWARD), self._count)
         resident = (device.start < first_model) & (device.end == self._count) & (self._category < 0)
-        weights = device.size[self._category == codes["parameters"]]
+        weights = device.requested[self._category == codes["parameters"]]
         missing = gradients - Counter(weights.tolist())
         states = Counter({size: _STATES * count for size, count in gradients.items()})
         for block in np.flatnonzero(resident).tolist():
-            size = int(device.size[block])
+            size = int(device.requested[block])
             if missing[size] > 0:
                 missing[size] -= 1
                 self._category[block] = codes["parameters"]
@@ -173,6 +179,20 @@ class _Sorter:
         moments = [start for start, code in self._runs if code == _OPTIMIZER] or [self._count]
         alive = [is_gradient & (device.start < moment) & (device.end >= moment) for moment in moments[:8]]
         return max(alive, key=lambda chosen: int(device.size[chosen].sum()))
+
+    def _sort_by_sizes(self, phase: np.ndarray) -> None:
+        """In the backward pass, the gradient of an activation is as large as the activation.
+
+        Where autograd's threads have no stack, this is all that tells the one from the other.
+        """
+        size, unknown = self._device.size, self._category < 0
+        forward, backward = phase == _FORWARD, unknown & (phase == _BACKWARD) & (self._device.stack == 0)
+        of_size: dict[int, set[int]] = {}
+        for kind in np.unique(np.stack([size[forward], self._category[forward]], axis=1), axis=0).tolist():
+            of_size.setdefault(kind[0], set()).add(kind[1])
+        for found in np.unique(size[backward]).tolist():
+            if len(of_size.get(found, ())) == 1:
+                self._category[backward & (size == found)] = of_size[found].pop()
 
     def _fill(self, phase: np.ndarray) -> None:
         """Name what nothing has told."""

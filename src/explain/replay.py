@@ -57,6 +57,7 @@ class Device:
     address: np.ndarray
     stack: np.ndarray  # index into the snapshot's stacks
     label: np.ndarray  # index into its labels
+    requested: np.ndarray  # as `size`, without what the allocator could not split off
     dump_size: np.ndarray  # as the allocator counts it when the snapshot is taken, -1 if it is gone by then
     alive_at_dump: int  # bytes
     segments: dict[int, int]  # address -> size of what is reserved when the snapshot is taken
@@ -162,7 +163,7 @@ def _device(number: int, trace: list[dict[str, Any]], segments: list[dict[str, A
     made = np.flatnonzero(allocates)
     releases_say_who = _releases_say_who(entries, made, end, numbers)
     stack = [numbers.stack(entries[event].get("frames")) if releases_say_who else 0 for event in freed_first]
-    stack += [numbers.stack(live[place][1]) for place in throughout]
+    stack += [numbers.stack(live[place].frames) for place in throughout]
     count_before = len(stack)
     stack += [numbers.stack(entries[event].get("frames")) for event in made.tolist()]
     label = [0] * count_before + [numbers.label(entries[event].get("user_metadata")) for event in made.tolist()]
@@ -170,14 +171,17 @@ def _device(number: int, trace: list[dict[str, Any]], segments: list[dict[str, A
         number=number,
         recorded=bool(trace),
         times=times,
-        size=np.concatenate([size[freed_first], _column([live[place][0] for place in throughout]), size[made]]),
+        size=np.concatenate([size[freed_first], _column([live[place].size for place in throughout]), size[made]]),
         start=np.concatenate([np.full(count_before, -1), made]),
         end=np.concatenate([freed_first, np.full(len(throughout), len(entries)), end[made]]),
         address=np.concatenate([address[freed_first], _column(throughout), address[made]]),
         stack=np.array(stack, np.int32),
         label=np.array(label, np.int32),
+        requested=np.concatenate(
+            [size[freed_first], _column([live[place].requested for place in throughout]), size[made]]
+        ),
         dump_size=np.full(len(stack), -1),
-        alive_at_dump=sum(size for size, _ in live.values()),
+        alive_at_dump=sum(block.size for block in live.values()),
         segments={_whole(s["address"]): _size(s["total_size"]) for s in segments if "total_size" in s},
         changes=[],
         refused=[],
@@ -201,18 +205,25 @@ def _pairs(address: np.ndarray, allocates: np.ndarray) -> tuple[np.ndarray, np.n
     return end, unmatched
 
 
-def _alive_at_dump(segments: list[dict[str, Any]]) -> dict[int, tuple[int, Any]]:
-    """Address -> (size, frames) of what is alive when the snapshot is taken."""
+class _Live(NamedTuple):
+    size: int
+    requested: int
+    frames: Any
+
+
+def _alive_at_dump(segments: list[dict[str, Any]]) -> dict[int, _Live]:
+    """What is alive when the snapshot is taken, by address."""
     live = {}
     for segment in segments:
         address = _whole(segment["address"])
         for block in segment["blocks"]:
             size = _size(block["size"])
             if block["state"] == "active_allocated":
-                frames = block.get("frames")
+                frames, requested = block.get("frames"), block.get("requested_size", size)
                 if frames is None and block.get("history"):  # PyTorch 2.0
-                    frames = block["history"][0].get("frames")
-                live[_whole(block.get("address", address))] = size, frames
+                    frames, requested = block["history"][0].get("frames"), block["history"][0].get("real_size", size)
+                requested = -(-_size(requested) // _BLOCK_BYTES) * _BLOCK_BYTES
+                live[_whole(block.get("address", address))] = _Live(size, requested, frames)
             address += size
     return live
 
@@ -224,13 +235,13 @@ def _releases_say_who(entries: list[dict[str, Any]], made: np.ndarray, end: np.n
     return any(a for a, _ in stacks) and all(a == b for a, b in stacks)
 
 
-def _compare_with_dump(device: Device, live: dict[int, tuple[int, Any]], numbers: _Numbers) -> None:
+def _compare_with_dump(device: Device, live: dict[int, _Live], numbers: _Numbers) -> None:
     """Note of each block that is alive to the end how large the allocator counts it, and its stack if it had none."""
     for block in np.flatnonzero(device.end == len(device.times)).tolist():
         found = live.get(int(device.address[block]))
         if found is not None:
-            device.dump_size[block] = found[0]
-            device.stack[block] = device.stack[block] or numbers.stack(found[1])
+            device.dump_size[block] = found.size
+            device.stack[block] = device.stack[block] or numbers.stack(found.frames)
 
 
 def _other_events(device: Device, trace: list[dict[str, Any]], is_event: np.ndarray, numbers: _Numbers) -> None:

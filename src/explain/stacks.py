@@ -84,6 +84,7 @@ class Told:
     makes_state: bool  # the optimizer sets up its state
     checkpointed: bool  # inside gradient checkpointing
     accumulates: bool  # autograd keeps a gradient
+    multiplies: bool  # in PyTorch's linear layer
     calls: Stack  # the program's own forward functions, outermost first
 
 
@@ -155,12 +156,13 @@ def origin(stack: Stack) -> str:
 def told(stack: Stack) -> Told:
     """What `stack` tells; called once for each different one."""
     phase, category, in_module = "", "", False
-    makes_state = checkpointed = accumulates = False
+    makes_state = checkpointed = accumulates = multiplies = False
     for frame in stack:
         key = _key(frame)
         if _node(frame) or "torch::autograd::engine" in key or _BACKWARD.search(key):
             phase = BACKWARD
         accumulates = accumulates or "accumulategrad::" in key
+        multiplies = multiplies or "torch/nn/modules/linear.py:" in key
         in_module = in_module or bool(_MODULE.search(key))
         checkpointed = checkpointed or bool(_CHECKPOINT.search(key))
         # With a closure, the model runs inside of `step`: what it asks for is not the optimizer's.
@@ -170,7 +172,8 @@ def told(stack: Stack) -> Told:
         category = category or _category(frame)
     phase = phase or (FORWARD if in_module else "")
     category = "optimizer_temporaries" if phase == OPTIMIZER else category
-    return Told(origin(stack), phase, category, makes_state, checkpointed, accumulates, tuple(_calls(stack)))
+    calls = tuple(_calls(stack))
+    return Told(origin(stack), phase, category, makes_state, checkpointed, accumulates, multiplies, calls)
 
 
 def _calls(stack: Stack) -> Iterator[Frame]:
@@ -184,15 +187,24 @@ def by_siblings(tellings: list[Told]) -> list[str]:
     """The category of each stack; one that tells none has that of the others which went through the same call.
 
     `self.mlp(x)` in a decoder layer is one line: its activation function is known by name, its matrix products are not.
+    A product that the model itself asks for, outside of its layers, makes the logits.
     """
     evidence: dict[Frame, set[str]] = {}
     for telling in tellings:
         if telling.category in ("attention", "mlp"):
             for call in telling.calls:
                 evidence.setdefault(call, set()).add(telling.category)
-    found = []
-    for telling in tellings:
-        sets = (evidence.get(call, set()) for call in reversed(telling.calls))
-        beside = next((known for known in sets if len(known) == 1), set())
-        found.append(telling.category or next(iter(beside), ""))
-    return found
+    # Where only one of the two is known by name, its evidence stands for calls that lead to both.
+    if len(set().union(*evidence.values())) < 2:
+        evidence.clear()
+    models = {telling.calls[0][:2] for telling in tellings if len(telling.calls) > 2}
+    return [telling.category or _beside(telling, evidence, models) for telling in tellings]
+
+
+def _beside(telling: Told, evidence: dict[Frame, set[str]], models: set[tuple[str, str]]) -> str:
+    for call in telling.calls:  # the outermost that leads to one category only
+        if len(evidence.get(call, ())) == 1:
+            return next(iter(evidence[call]))
+    if telling.multiplies and len(telling.calls) == 1 and telling.calls[0][:2] in models:
+        return "logits_and_loss"
+    return ""
