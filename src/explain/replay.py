@@ -5,7 +5,6 @@ The format: torch/cuda/memory.py (`_snapshot`) and torch/csrc/cuda/memory_snapsh
 format raises some exception here, of any kind; src/explain/reading.py makes one line of it.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -147,50 +146,87 @@ def recorded(snapshot: dict[str, Any] | list[dict[str, Any]]) -> Recorded:
 
 
 def _device(number: int, trace: list[dict[str, Any]], segments: list[dict[str, Any]], numbers: _Numbers) -> Device:
-    is_event = np.fromiter((entry["action"] in ("alloc", "free_requested") for entry in trace), bool, len(trace))
-    entries = list(itertools.compress(trace, is_event.tolist()))
-    allocates = np.fromiter((entry["action"] == "alloc" for entry in entries), bool, len(entries))
-    address = _column([entry["addr"] for entry in entries])
-    size = _rounded(_column([entry["size"] for entry in entries]))
-    times = np.maximum.accumulate(_column([entry.get("time_us", 0) for entry in entries]))
+    events = _Events()
+    for position, entry in enumerate(trace):
+        events.add(position, entry, numbers)
+    allocates = np.array(events.allocates, bool)
+    address, size = _column(events.address), _rounded(_column(events.size))
     end, unmatched = _pairs(address, allocates)
     live = _alive_at_dump(segments)
 
     # Blocks from before: those that are released without having been allocated, and those that lie where nothing did.
     freed_first = np.flatnonzero(unmatched)
     places = _column(list(live))
-    throughout = places[~np.isin(places, address)].tolist()
+    throughout = [live[place] for place in places[~np.isin(places, address)].tolist()]
     made = np.flatnonzero(allocates)
-    releases_say_who = _releases_say_who(entries, made, end, numbers)
-    stack = [numbers.stack(entries[event].get("frames")) if releases_say_who else 0 for event in freed_first]
-    stack += [numbers.stack(live[place].frames) for place in throughout]
-    count_before = len(stack)
-    stack += [numbers.stack(entries[event].get("frames")) for event in made.tolist()]
-    label = [0] * count_before + [numbers.label(entries[event].get("user_metadata")) for event in made.tolist()]
+    stacks = _column(events.stack)
+    releases_say_who = _releases_say_who(events, made, end, numbers)
+    of_freed = [numbers.stack(events.frames[event]) if releases_say_who else 0 for event in freed_first.tolist()]
+    before = np.zeros(len(freed_first) + len(throughout), np.int64)
+
+    def column(freed: Any, there: list[int], allocated: np.ndarray) -> np.ndarray:
+        return np.concatenate([freed, _column(there), allocated])
+
+    sizes = size[freed_first], size[made]
     result = Device(
         number=number,
         recorded=bool(trace),
-        times=times,
-        size=np.concatenate([size[freed_first], _column([live[place].size for place in throughout]), size[made]]),
-        start=np.concatenate([np.full(count_before, -1), made]),
-        end=np.concatenate([freed_first, np.full(len(throughout), len(entries)), end[made]]),
-        address=np.concatenate([address[freed_first], _column(throughout), address[made]]),
-        stack=np.array(stack, np.int32),
-        label=np.array(label, np.int32),
-        requested=np.concatenate(
-            [size[freed_first], _column([live[place].requested for place in throughout]), size[made]]
-        ),
-        dump_size=np.full(len(stack), -1),
+        times=np.maximum.accumulate(_column(events.time)),
+        size=column(sizes[0], [block.size for block in throughout], sizes[1]),
+        start=np.concatenate([before - 1, made]),
+        end=column(freed_first, [len(address)] * len(throughout), end[made]),
+        address=column(address[freed_first], [block.address for block in throughout], address[made]),
+        stack=column(_column(of_freed), [numbers.stack(block.frames) for block in throughout], stacks[made]),
+        label=np.concatenate([before, _column(events.label)[made]]),
+        requested=column(sizes[0], [block.requested for block in throughout], sizes[1]),
+        dump_size=np.full(len(before) + len(made), -1),
         alive_at_dump=sum(block.size for block in live.values()),
         segments={_whole(s["address"]): _size(s["total_size"]) for s in segments if "total_size" in s},
-        changes=[],
-        refused=[],
+        changes=events.changes,
+        refused=events.refused,
     )
     _compare_with_dump(result, live, numbers)
-    _other_events(result, trace, is_event, numbers)
     if float(result.size.sum(dtype=float)) >= _BEYOND_ANY_MEMORY:
         raise ValueError("its sizes are beyond any memory")
     return result
+
+
+class _Events:
+    """The entries of a trace by their kind: an allocation or a release is an event with a place in each list."""
+
+    def __init__(self) -> None:
+        self.allocates: list[bool] = []
+        self.address: list[int] = []
+        self.size: list[int] = []
+        self.time: list[int] = []
+        self.stack: list[int] = []
+        self.label: list[int] = []
+        self.frames: list[Any] = []  # of a release, which rarely matter and take long to compare
+        self.changes: list[SegmentChange] = []
+        self.refused: list[OutOfMemory] = []
+
+    def add(self, position: int, entry: dict[str, Any], numbers: _Numbers) -> None:
+        action = entry["action"]
+        if action == "free_completed":  # the most frequent after the two below
+            return
+        if action in ("alloc", "free_requested"):
+            allocates = action == "alloc"
+            self.allocates.append(allocates)
+            self.address.append(entry["addr"])
+            self.size.append(entry["size"])
+            self.time.append(entry.get("time_us", 0))
+            frames = entry.get("frames")
+            self.stack.append(numbers.stack(frames) if allocates else 0)
+            self.label.append(numbers.label(entry.get("user_metadata")) if allocates else 0)
+            self.frames.append(None if allocates else frames)
+        elif action == "oom":
+            size, free = _size(entry["size"]), _size(entry.get("device_free", 0))
+            stack = numbers.stack(entry.get("frames"))
+            self.refused.append(OutOfMemory(position, len(self.allocates) - 1, size, free, stack))
+        elif action in _SEGMENT_SIGNS:
+            mapped = action in ("segment_map", "segment_unmap")
+            place, size = _whole(entry["addr"]), _size(entry["size"])
+            self.changes.append(SegmentChange(position, _SEGMENT_SIGNS[action], place, size, mapped))
 
 
 def _pairs(address: np.ndarray, allocates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,6 +242,7 @@ def _pairs(address: np.ndarray, allocates: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 class _Live(NamedTuple):
+    address: int
     size: int
     requested: int
     frames: Any
@@ -223,15 +260,16 @@ def _alive_at_dump(segments: list[dict[str, Any]]) -> dict[int, _Live]:
                 if frames is None and block.get("history"):  # PyTorch 2.0
                     frames, requested = block["history"][0].get("frames"), block["history"][0].get("real_size", size)
                 requested = -(-_size(requested) // _BLOCK_BYTES) * _BLOCK_BYTES
-                live[_whole(block.get("address", address))] = _Live(size, requested, frames)
+                place = _whole(block.get("address", address))
+                live[place] = _Live(place, size, requested, frames)
             address += size
     return live
 
 
-def _releases_say_who(entries: list[dict[str, Any]], made: np.ndarray, end: np.ndarray, numbers: _Numbers) -> bool:
+def _releases_say_who(events: _Events, made: np.ndarray, end: np.ndarray, numbers: _Numbers) -> bool:
     """Whether a release has the stack of its allocation; with context="all" it has that of the release itself."""
-    pairs = [(entries[a], entries[end[a]]) for a in made[end[made] < len(entries)][:_STACKS_COMPARED].tolist()]
-    stacks = [(numbers.stack(a.get("frames")), numbers.stack(b.get("frames"))) for a, b in pairs]
+    pairs = [(events.stack[a], events.frames[end[a]]) for a in made[end[made] < len(end)][:_STACKS_COMPARED].tolist()]
+    stacks = [(a, numbers.stack(frames)) for a, frames in pairs]
     return any(a for a, _ in stacks) and all(a == b for a, b in stacks)
 
 
@@ -242,21 +280,6 @@ def _compare_with_dump(device: Device, live: dict[int, _Live], numbers: _Numbers
         if found is not None:
             device.dump_size[block] = found.size
             device.stack[block] = device.stack[block] or numbers.stack(found.frames)
-
-
-def _other_events(device: Device, trace: list[dict[str, Any]], is_event: np.ndarray, numbers: _Numbers) -> None:
-    """Note refused requests and what the driver gave and took."""
-    events_so_far = np.cumsum(is_event)
-    for position, entry in enumerate(trace):
-        action = entry["action"]
-        if action == "oom":
-            size, free, stack = _size(entry["size"]), _size(entry.get("device_free", 0)), entry.get("frames")
-            last = int(events_so_far[position]) - 1
-            device.refused.append(OutOfMemory(position, last, size, free, numbers.stack(stack)))
-        elif action in _SEGMENT_SIGNS:
-            mapped = action in ("segment_map", "segment_unmap")
-            place, size = _whole(entry["addr"]), _size(entry["size"])
-            device.changes.append(SegmentChange(position, _SEGMENT_SIGNS[action], place, size, mapped))
 
 
 def _column(values: list[Any]) -> np.ndarray:
