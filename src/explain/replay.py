@@ -91,19 +91,24 @@ class _Numbers:
     stacks: dict[Stack, int] = field(default_factory=lambda: {(): 0})
     labels: dict[str, int] = field(default_factory=lambda: {"": 0})
     _frames: dict[int, Frame] = field(default_factory=dict)
-    _seen: dict[tuple[int, ...], int] = field(default_factory=dict)
+    _seen: dict[tuple[int, ...], list[tuple[Sequence, int]]] = field(default_factory=dict)
 
     def stack(self, frames: Sequence[dict[str, Any]] | None) -> int:
         if not frames:
             return 0
-        key = tuple(map(id, frames))
-        number = self._seen.get(key)
-        if number is None:
-            number = self.stacks.setdefault(tuple(map(self._frame, frames)), len(self.stacks))
-            if len(self._seen) >= 100_000:  # of a file whose stacks share no frames
-                self._seen.clear()
-                self._frames.clear()
-            self._seen[key] = number
+        # Stacks share their frames, but each is a list of its own. Those that agree in some frames are compared whole.
+        count = len(frames)
+        middle, quarter = frames[count // 2], frames[count // 4]
+        key = count, id(frames[0]), id(quarter), id(middle), id(frames[-1 - count // 4]), id(frames[-1])
+        alike = self._seen.setdefault(key, [])
+        for other, number in alike:
+            if other == frames:
+                return number
+        number = self.stacks.setdefault(tuple(map(self._frame, frames)), len(self.stacks))
+        if len(self._seen) >= 100_000:  # of a file whose stacks share no frames
+            self._seen.clear()
+            self._frames.clear()
+        alike.append((frames, number))
         return number
 
     def _frame(self, frame: dict[str, Any]) -> Frame:
