@@ -55,7 +55,13 @@ def _parse():
     import argparse
     from pathlib import Path
 
-    parser = argparse.ArgumentParser(
+    from src.utils import UsageError
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:
+            raise UsageError(f"{message} (--help says more)")
+
+    parser = Parser(
         prog="python -m src.explain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a snapshot, or the one from before a change")
@@ -73,6 +79,9 @@ def _parse():
 
 def _guarded() -> int:
     """`main`, where Ctrl-C and a standard output that cannot be written are one line."""
+    if sys.stdout is None:
+        print("error: there is no standard output to write to", file=sys.stderr)
+        return 1
     try:
         status = main()
         sys.stdout.flush()

@@ -128,10 +128,11 @@ class _Sorter:
         uncertain = ~np.isin(self._category, [codes[name] for name in _CERTAIN])
         in_backward = self._made & (phase == _BACKWARD)
         self._category[in_backward & uncertain & (outlives | self._accumulates)] = codes["gradients"]
-        # A fused loss makes gradients in the forward pass. Logits that a variable still holds go in the next forward.
+        # A fused loss makes gradients in the forward pass. Logits that a variable still holds go in the next forward
+        # pass, and a single number is the loss itself.
         released_in_step = np.append(self._of_event, 0)[device.end] == _OPTIMIZER
         in_forward = self._made & (phase == _FORWARD)
-        self._category[in_forward & uncertain & outlives & released_in_step] = codes["gradients"]
+        self._category[in_forward & uncertain & outlives & released_in_step & (device.size > 512)] = codes["gradients"]
 
         kept = device.end > self._next_run((_BACKWARD,))[start]
         self._category[in_forward & uncertain & self._checkpointed & kept] = codes["checkpoints"]

@@ -10,6 +10,7 @@ import numpy as np
 from src.explain.categories import ACTIVATIONS, BEFORE, CATEGORIES, GATHER, LOSS_MODULE, OWNER, PEAK, PHASE, REDUCE
 from src.explain.lifetimes import by_life_times
 from src.explain.replay import Annotation, Device, Recorded
+from src.explain.stacks import printable
 
 # Part of a module's path -> category; the first that fits.
 _BY_MODULE = (
@@ -61,7 +62,7 @@ class _Notes:
             if note.stage != "START":
                 continue
             if kind == PHASE and len(rest) == 1:
-                self.phases.append((int(np.searchsorted(device.times, note.time)), rest[0]))
+                self.phases.append((int(np.searchsorted(device.times, note.time)), printable(rest[0])))
             elif kind == OWNER and len(rest) == 2 and rest[0] in CATEGORIES and _is_number(rest[1]):
                 owners.append((rest[0], int(rest[1]), note.time))
             elif kind == PEAK and len(rest) == 1 and _is_number(rest[0]):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from src.explain.replay import Recorded, recorded
+from src.explain.stacks import printable
 from src.explain.timeline import Timeline, timelines_of
 from src.utils import GIB, UsageError, write_atomically
 
@@ -96,7 +97,7 @@ def answer() -> None:
     try:
         columns = load(sys.stdin.buffer)
     except UsageError as error:
-        sys.stderr.write("\n" + " ".join(str(error).split()))
+        sys.stderr.write("\n" + printable(" ".join(str(error).split())))
         os._exit(_FAILED)
     pickle.dump(columns, sys.stdout.buffer, protocol=5)
     sys.stdout.flush()

@@ -9,7 +9,7 @@ import numpy as np
 from src.explain.categories import order, words
 from src.explain.refusal import headline
 from src.explain.replay import Stack
-from src.explain.stacks import origin
+from src.explain.stacks import origin, printable
 from src.explain.timeline import Timeline
 from src.utils import aligned_table, format_bytes
 
@@ -52,7 +52,7 @@ def groups(timeline: Timeline) -> list[Group]:
 
 def _origin(label: str, stack: Stack, phase: str) -> str:
     """Who asked for a block, layers of one kind taken together."""
-    module, _, operation = label.partition("|")
+    module, _, operation = printable(label).partition("|")
     where = ".".join("*" if part.isdigit() else part for part in module.split("."))
     told = " ".join(filter(None, (where, operation))) or origin(stack)
     return told or ("autograd, no stack" if phase == "backward" else "-")

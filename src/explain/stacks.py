@@ -125,9 +125,14 @@ def _category(frame: Frame) -> str:
     return ""
 
 
+def printable(text: str) -> str:
+    """`text` from a file as a terminal may get it: line ends, escape sequences and half characters spelled out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def shown(frame: Frame) -> str:
     """A frame as a reader sees it."""
-    return f"{frame[0]} ({_path(frame[1]).rpartition('/')[2]}:{frame[2]})"
+    return printable(f"{frame[0]} ({_path(frame[1]).rpartition('/')[2]}:{frame[2]})")
 
 
 @functools.cache
