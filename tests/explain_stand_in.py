@@ -16,11 +16,11 @@ _OURS = ("explain_stand_in.py", "_python_dispatch.py")
 
 
 class StandIn(TorchDispatchMode):
-    """Records what happens inside of it. `stacks` is "python" or "all", as in `_record_memory_history`."""
+    """Records what happens inside of it; the tensors in `resident` are there before."""
 
-    def __init__(self, stacks="python", resident=()):
+    def __init__(self, resident=()):
         super().__init__()
-        self._cpp, self._time, self._live = stacks == "all", 0, {}
+        self._time, self._live = 0, {}
         self.trace, self.notes, self._gathered = [], [], []
         for tensor in resident:
             self._live[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), None
@@ -49,7 +49,7 @@ class StandIn(TorchDispatchMode):
         if address in self._live:
             return
         in_thread = torch._C._current_graph_task_id() != -1
-        gathered = gather_traceback(python=True, script=False, cpp=self._cpp)
+        gathered = gather_traceback(python=True, script=False, cpp=True)
         self._gathered.append(gathered)
         self._live[address] = size, (len(self._gathered) - 1, in_thread)
         self._event("alloc", address, size, self._live[address][1])
@@ -70,13 +70,17 @@ class StandIn(TorchDispatchMode):
         name = f"Optimizer.step#{type(optimizer).__name__}.step"
         self.notes.append({"name": name, "stage": stage, "device": 0, "time_us": self._time})
 
-    def snapshot(self, form="frames"):
-        """The file's content; `form` "history" is how blocks looked in PyTorch 2.0."""
-        stacks = symbolize_tracebacks(self._gathered)
-        trace = [event | {"frames": self._frames(stacks, event["frames"])} for event in self.trace]
+    def snapshot(self, stacks="all", form="frames"):
+        """The file's content. `stacks` is "python" or "all", as in `_record_memory_history`.
+
+        `form` "history" is how blocks looked in PyTorch 2.0.
+        """
+        gathered = symbolize_tracebacks(self._gathered)
+        cut = [self._as_on_a_gpu(frames, stacks == "all") for frames in gathered]
+        trace = [event | {"frames": self._frames(cut, event["frames"])} for event in self.trace]
         segments = []
         for address, (size, context) in self._live.items():
-            rounded, frames = -(-size // 512) * 512, self._frames(stacks, context)
+            rounded, frames = -(-size // 512) * 512, self._frames(cut, context)
             block = {"size": rounded, "state": "active_allocated"}
             if form == "history":
                 block["history"] = [{"addr": address, "real_size": size, "frames": frames}]
@@ -85,14 +89,21 @@ class StandIn(TorchDispatchMode):
             segments.append({"device": 0, "address": address, "total_size": rounded, "blocks": [block]})
         return {"segments": segments, "device_traces": [trace], "external_annotations": self.notes}
 
-    def _frames(self, stacks, context):
+    @staticmethod
+    def _frames(cut, context):
         if context is None:
             return []
         number, in_thread = context
-        frames = [frame for frame in stacks[number] if not frame["filename"].endswith(_OURS)]
-        if in_thread:  # what called the backward pass runs in another thread
-            engine = [i for i, frame in enumerate(frames) if frame["name"] == "_engine_run_backward"]
-            frames = frames[: engine[0]] if engine else frames
-            if not self._cpp and not any(frame["name"] in ("backward", "unpack_hook") for frame in frames):
-                frames = []
-        return frames
+        of_thread, whole = cut[number]
+        return of_thread if in_thread else whole
+
+    @staticmethod
+    def _as_on_a_gpu(frames, with_cpp):
+        """A stack as autograd's own threads have it, without what called the backward pass; and the whole one."""
+        frames = [frame for frame in frames if not frame["filename"].endswith(_OURS)]
+        engine = [i for i, frame in enumerate(frames) if frame["name"] == "_engine_run_backward"]
+        of_thread = frames[: engine[0]] if engine else frames
+        if with_cpp:
+            return of_thread, frames
+        of_thread, frames = ([f for f in some if f["filename"].endswith(".py")] for some in (of_thread, frames))
+        return (of_thread if any(f["name"] in ("backward", "unpack_hook") for f in of_thread) else []), frames
