@@ -20,6 +20,7 @@ _POINTS = 1200  # of a timeline
 _GROUPS = 1500  # of blocks, of all GPUs of a file together
 _FRAMES = 60  # of a stack
 _LETTERS = 300  # of a name: C++ templates have thousands
+_ALL_LETTERS = 4_000_000  # of all frames together; what comes after them is shown without its stack
 
 
 def save_page(files: Sequence[tuple[str, list[Timeline]]], path: Path) -> None:
@@ -54,13 +55,18 @@ def page(files: Sequence[tuple[str, list[Timeline]]]) -> str:
 
 
 class _Table:
-    """Texts that many share, each once."""
+    """Texts that many share, each once, as far as the page has room."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self._places: dict[str, int] = {}
+        self._letters = 0
 
     def place(self, text: str) -> int:
+        if text not in self._places:
+            self._letters += len(json.dumps(text))
+            if self._letters > _ALL_LETTERS:
+                text = "(left out: this page would be too large)"
         if text not in self._places:
             self._places[text] = len(self.texts)
             self.texts.append(text)

@@ -110,7 +110,6 @@ def _key(frame: Frame) -> str:
     return f"{_path(frame[1])}:{name}".lower()
 
 
-@functools.cache
 def _category(frame: Frame) -> str:
     """What one frame says the memory is for, "" if nothing."""
     key = _key(frame)
@@ -127,6 +126,8 @@ def _category(frame: Frame) -> str:
 
 def printable(text: str) -> str:
     """`text` from a file as a terminal may get it: line ends, escape sequences and half characters spelled out."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -158,27 +159,60 @@ def origin(stack: Stack) -> str:
     return next((f"operator {found[1]}" for found in operators if found), "")
 
 
+@dataclass(frozen=True)
+class _Shows:
+    """What one frame shows."""
+
+    backward: bool
+    module: bool
+    optimizer: bool
+    state: bool
+    checkpoint: bool
+    accumulates: bool
+    multiplies: bool
+    category: str
+
+
+@functools.cache
+def _shows(frame: Frame) -> _Shows:
+    """What a frame shows; asked once for each, for thousands of stacks share it."""
+    key = _key(frame)
+    return _Shows(
+        backward=bool(_node(frame) or "torch::autograd::engine" in key or _BACKWARD.search(key)),
+        module=bool(_MODULE.search(key)),
+        optimizer=bool(_OPTIMIZER.search(key)),
+        state=bool(_STATE.search(key)),
+        checkpoint=bool(_CHECKPOINT.search(key)),
+        accumulates="accumulategrad::" in key,
+        multiplies="torch/nn/modules/linear.py:" in key,
+        category=_category(frame),
+    )
+
+
 def told(stack: Stack) -> Told:
-    """What `stack` tells; called once for each different one."""
-    phase, category, in_module = "", "", False
-    makes_state = checkpointed = accumulates = multiplies = False
-    for frame in stack:
-        key = _key(frame)
-        if _node(frame) or "torch::autograd::engine" in key or _BACKWARD.search(key):
+    """What `stack` tells."""
+    phase, category, in_module, makes_state = "", "", False, False
+    frames = [_shows(frame) for frame in stack]
+    for shows in frames:
+        if shows.backward:
             phase = BACKWARD
-        accumulates = accumulates or "accumulategrad::" in key
-        multiplies = multiplies or "torch/nn/modules/linear.py:" in key
-        in_module = in_module or bool(_MODULE.search(key))
-        checkpointed = checkpointed or bool(_CHECKPOINT.search(key))
+        in_module = in_module or shows.module
         # With a closure, the model runs inside of `step`: what it asks for is not the optimizer's.
-        if not phase and not in_module and _OPTIMIZER.search(key):
-            phase, category = OPTIMIZER, category or "optimizer_temporaries"
-        makes_state = makes_state or (phase == OPTIMIZER and bool(_STATE.search(key)))
-        category = category or _category(frame)
+        if shows.optimizer and not phase and not in_module:
+            phase = OPTIMIZER
+        makes_state = makes_state or (phase == OPTIMIZER and shows.state)
+        category = category or shows.category
     phase = phase or (FORWARD if in_module else "")
-    category = "optimizer_temporaries" if phase == OPTIMIZER else category
-    calls = tuple(_calls(stack))
-    return Told(origin(stack), phase, category, makes_state, checkpointed, accumulates, multiplies, calls)
+    return Told(
+        origin=origin(stack),
+        phase=phase,
+        category="optimizer_temporaries" if phase == OPTIMIZER else category,
+        makes_state=makes_state,
+        checkpointed=any(shows.checkpoint for shows in frames),
+        accumulates=any(shows.accumulates for shows in frames),
+        multiplies=any(shows.multiplies for shows in frames),
+        calls=tuple(_calls(stack)),
+    )
 
 
 def _calls(stack: Stack) -> Iterator[Frame]:
