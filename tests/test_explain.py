@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from src.explain.reading import read
 from src.explain.refusal import largest_gap, reserved_bytes
+from src.explain.replay import recorded
 from src.explain.report import frames_compared, frames_table, groups, report, waterfall, waterfall_table
 from src.explain.stacks import told
 from src.explain.timeline import timeline, timelines_of
@@ -24,57 +25,46 @@ DATA = ROOT / "doc" / "data"
 COMMITTED = sorted((DATA / "snapshots").glob("*.pickle.gz"))
 
 # Each stands for a kind of fault that people met with real files: the categories in MiB, and who asked for what, when.
+BEFORE, LLAMA = "before the trace", "forward forward (modeling_llama.py"
 CASES = {
     "cpp_stacks": (
-        {"before_the_trace": 1000, "activations": 270, "logits_and_loss": 240},
-        {
-            ("before the trace", "-"): 1000,
-            ("backward", "backward of LogSoftmax"): 240,
-            ("forward", "forward (modeling_llama.py:1197)"): 120,
-            ("forward", "forward (modeling_llama.py:216)"): 100,
-            ("forward", "forward (modeling_llama.py:89)"): 50,
-        },
         "Peak 1,510.0 MiB in the backward phase",
+        {"before_the_trace": 1000, "activations": 270, "logits_and_loss": 240},
+        {f"{BEFORE} -": 1000, "backward backward of LogSoftmax": 240}
+        | {f"{LLAMA}:1197)": 120, f"{LLAMA}:216)": 100, f"{LLAMA}:89)": 50},
     ),
     "adamw_states_and_gradients": (
-        {"optimizer_state": 2000, "optimizer_temporaries": 20, "gradients": 1000, "parameters": 1000},
-        {
-            ("before the trace", "-"): 1000,
-            ("optimizer", "main (train.py:42)"): 2020,
-            ("backward", "gradient kept (AccumulateGrad)"): 1000,
-        },
         "Peak 4,020.0 MiB in the optimizer phase",
+        {"optimizer_state": 2000, "optimizer_temporaries": 20, "gradients": 1000, "parameters": 1000},
+        {f"{BEFORE} -": 1000, "optimizer main (train.py:42)": 2020, "backward gradient kept (AccumulateGrad)": 1000},
     ),
     "live_blocks_with_stacks": (
-        {"before_the_trace": 1400, "attention": 300},
-        {
-            ("before the trace", "update (cache_utils.py:224)"): 300,
-            ("before the trace", "quantise (quant.py:128)"): 200,
-            ("before the trace", "-"): 1200,
-        },
         "The history has no allocation and no release: 1,700.0 MiB were alive all the time",
+        {"before_the_trace": 1400, "attention": 300},
+        {f"{BEFORE} update (cache_utils.py:224)": 300, f"{BEFORE} quantise (quant.py:128)": 200, f"{BEFORE} -": 1200},
     ),
     "not_recorded": (
-        {"unattributed": 86},
-        {("", "-"): 86},
         "No history was recorded on GPU 0: 86.0 MiB is what was alive at the dump, and no peak is known.",
+        {"unattributed": 86},
+        {" -": 86},
     ),
     "unsplit_rest": (
-        {"activations": 100, "allocator_rounding": 0.87890625},
-        {("forward", "forward (modeling_llama.py:216)"): 100},
         "Peak at least 100.9 MiB in the forward phase",
+        {"activations": 100, "allocator_rounding": 0.87890625},
+        {f"{LLAMA}:216)": 100},
     ),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_case_is_explained(name):
-    breakdown, by, head = CASES[name]
+    head, breakdown, by = CASES[name]
     found = read(ROOT / "tests" / "data" / "snapshots" / f"{name}.pickle")
     assert {part: size / MIB for part, size in found.breakdown().items() if size} == breakdown
     sums = {}
     for group in groups(found):
-        sums[group.phase, group.origin] = sums.get((group.phase, group.origin), 0) + group.size / MIB
+        key = f"{group.phase} {group.origin}"
+        sums[key] = sums.get(key, 0) + group.size / MIB
     assert sums == by
     assert report(found, 5).startswith(head)
 
@@ -162,49 +152,32 @@ def test_recorded_training_is_attributed(trained, stacks, form):
     assert ("backward of LogSoftmax" in makers) == (stacks == "all")
 
 
-STACKS = {
-    ("torch::unwind::unwind() ??:0", "gather_with_cpp() m.cpp:0", "f /a/site-packages/torch/nn/functional.py:1"): (
+# Frames, innermost first -> origin, phase, purpose.
+TORCH, OPT = "/e/torch/nn/modules/module.py", "step /e/torch/optim/sgd.py:9"
+STACKS = (
+    (
+        "torch::unwind::unwind() ??:0;gather_with_cpp() m.cpp:0;f /e/torch/nn/functional.py:1",
         "f (functional.py:1)",
         "",
         "",
     ),
-    ("at::_ops::mm::call(at::Tensor const&) ??:0",): ("operator mm", "", ""),
-    ("torch::autograd::generated::NativeLayerNormBackward0::apply(int) ??:0",): (
-        "backward of NativeLayerNorm",
-        "backward",
-        "norm",
-    ),
-    ("step /e/torch/optim/sgd.py:9", "train_gelu /moe/attention/train.py:3"): (
-        "train_gelu (train.py:3)",
-        "optimizer",
-        "optimizer_temporaries",
-    ),
+    ("at::_ops::mm::call(at::Tensor const&) ??:0", "operator mm", "", ""),
+    ("x::NativeLayerNormBackward0::apply(int) ??:0", "backward of NativeLayerNorm", "backward", "norm"),
+    (f"{OPT};train_gelu /attention/train.py:3", "train_gelu (train.py:3)", "optimizer", "optimizer_temporaries"),
     # A closure: the model runs inside of the optimizer's step.
-    ("_call_impl /e/torch/nn/modules/module.py:1", "closure /c/fit.py:1", "step /e/torch/optim/sgd.py:9"): (
-        "closure (fit.py:1)",
-        "forward",
-        "",
-    ),
-    ("convert /e/torch/nn/modules/module.py:1", "to /e/torch/nn/modules/module.py:2", "run C:\\x\\run.py:7"): (
-        "run (run.py:7)",
-        "",
-        "parameters",
-    ),
-    ("backward /e/liger_kernel/ops/swiglu.py:1", "apply /e/torch/autograd/function.py:3"): (
-        "backward (swiglu.py:1)",
-        "backward",
-        "mlp",
-    ),
-    ("sdpa_kernel /c/a.py:1", "compute_loss /c/b.py:2"): ("sdpa_kernel (a.py:1)", "", "attention"),
-    ("run /attention/norm/mlp.py:1",): ("run (mlp.py:1)", "", ""),
-    ("\x1b[2Jx <stdin>:1",): ("\\x1b[2Jx (<stdin>:1)", "", ""),
-}
+    (f"_call_impl {TORCH}:1;closure /c/fit.py:1;{OPT}", "closure (fit.py:1)", "forward", ""),
+    (f"convert {TORCH}:1;to {TORCH}:2;run C:\\x\\run.py:7", "run (run.py:7)", "", "parameters"),
+    ("backward /e/ops/swiglu.py:1;apply /e/torch/autograd/function.py:3", "backward (swiglu.py:1)", "backward", "mlp"),
+    ("sdpa_kernel /c/a.py:1;compute_loss /c/b.py:2", "sdpa_kernel (a.py:1)", "", "attention"),
+    ("run /attention/norm/mlp.py:1", "run (mlp.py:1)", "", ""),
+    ("\x1b[2Jx <stdin>:1", "\\x1b[2Jx (<stdin>:1)", "", ""),
+)
 
 
-@pytest.mark.parametrize("texts", STACKS)
-def test_stack_tells_origin_phase_and_purpose(texts):
-    found = told(tuple((f["name"], f["filename"], f["line"]) for f in map(frame, texts)))
-    assert (found.origin, found.phase, found.category) == STACKS[texts]
+@pytest.mark.parametrize(("texts", "origin", "phase", "purpose"), STACKS)
+def test_stack_tells_origin_phase_and_purpose(texts, origin, phase, purpose):
+    found = told(tuple((f["name"], f["filename"], f["line"]) for f in map(frame, texts.split(";"))))
+    assert (found.origin, found.phase, found.category) == (origin, phase, purpose)
 
 
 @pytest.mark.parametrize("repeat", range(12))
@@ -312,14 +285,8 @@ def test_fullest_of_several_gpus_comes_first_and_each_has_its_own_blocks():
     snapshot["segments"] += small.segments()
     found = timeline(snapshot)
     assert (found.device.number, found.peak_bytes) == (2, 7 * MIB)
-    everything = timelines_of_raw(snapshot)
+    everything = timelines_of(recorded(snapshot))
     assert [(each.device.number, each.peak_bytes) for each in everything] == [(2, 7 * MIB), (0, 5 * MIB)]
-
-
-def timelines_of_raw(snapshot, patterns=None):
-    from src.explain.replay import recorded
-
-    return timelines_of(recorded(snapshot), patterns)
 
 
 def test_users_own_categories_come_before_all_others():
@@ -327,7 +294,7 @@ def test_users_own_categories_come_before_all_others():
     step.alloc(512, MIB, frames=["update /lib/kv.py:3", "forward /code/model.py:9"])
     step.alloc(8 * MIB, 2 * MIB, label="rollout")
     step.alloc(16 * MIB, 4 * MIB, frames=["forward /code/model.py:9"])
-    (found,) = timelines_of_raw(step.snapshot(), {"cache": r"kv\.py:3$", "rl": "^rollout$", "mlp": r"model\.py"})
+    (found,) = timelines_of(recorded(step.snapshot()), {"cache": r"kv\.py:3$", "rl": "^rollout$", "mlp": r"model\.py"})
     assert {name: size / MIB for name, size in found.breakdown().items() if size} == {"cache": 1, "rl": 2, "mlp": 4}
 
 

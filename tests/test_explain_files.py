@@ -269,7 +269,9 @@ def test_outputs_replace_only_files_of_their_own_kind(cli, files, tmp_path):
     assert (tmp_path / "text").read_text() == "precious"
     assert cli(files[0], "--plot", tmp_path / "x", "--html", tmp_path / "x")[0] == 2
     for _ in range(2):  # new, then in place of its own
-        assert cli(*files, "--plot", tmp_path / "p" / "new.png", "--html", tmp_path / "new.html")[0] == 0
+        assert cli(files[0], "--html", tmp_path / "new.html")[0] == 0
+    Image.new("RGB", (1, 1)).save(tmp_path / "old.png")
+    assert cli(*files, "--plot", tmp_path / "old.png")[0] == 0
 
 
 def test_plot_draws_names_with_dollars_as_they_are(files, tmp_path):
