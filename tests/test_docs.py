@@ -11,8 +11,9 @@ from doc import evidence, original, report_tables, tables
 from src import records
 from src.config import PRESETS, OffloadConfig, Strategy, config_of
 from src.ds_utils import host_bytes_needed
+from src.explain.reading import read
+from src.explain.report import waterfall_table
 from src.model_utils import load_model_config
-from src.snapshot import read, waterfall_table
 from tests.helpers import ROOT
 
 README = (ROOT / "README.md").read_text()

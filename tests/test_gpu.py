@@ -7,8 +7,8 @@ import pytest
 
 from src import records
 from src.config import PRESETS
+from src.explain.reading import read
 from src.measure import PHASES
-from src.snapshot import read
 from src.utils import GIB
 from tests.helpers import ROOT, SCRIPT, run_python
 

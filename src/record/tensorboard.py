@@ -12,7 +12,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from src.config import RunConfig
 from src.experiment import Mark, Step
-from src.explain import Timeline, figure
+from src.explain import Timeline
+from src.explain.plot import figure
 from src.measure import Measurement
 from src.record.record import Record
 from src.utils import GIB, MIB, format_bytes, write_atomically
