@@ -1,6 +1,6 @@
 """What memory is for: snapshots read, the peak taken apart and drawn."""
 
-from src.memory_plot import figure, save_plot
+from src.memory_plot import COLOURS, figure, save_plot
 from src.snapshot import (
     CATEGORIES,
     GATHER,
