@@ -15,7 +15,6 @@ import argparse
 import functools
 import hashlib
 import io
-import json
 import logging
 import os
 import re
@@ -56,12 +55,8 @@ OFFICE = {
     "group_10_liger_kernel.pptx": ("slides", "--slide-level=1", "--from=markdown-implicit_figures"),
 }
 PROGRAMS = ("pandoc", "soffice")
-# As sharp as the pictures are, and links to the other documents that hold wherever the folder lies.
-_PDF_OPTIONS = {
-    "Quality": {"type": "long", "value": "90"},
-    "ReduceImageResolution": {"type": "boolean", "value": "false"},
-    "ExportLinksRelativeFsys": {"type": "boolean", "value": "true"},
-}
+# Links to the other documents hold wherever the folder lies.
+PDF_OPTIONS = '{"ExportLinksRelativeFsys":{"type":"boolean","value":"true"}}'
 
 
 def holds(condition: bool, caller: Callable[[], str]) -> str:
@@ -186,7 +181,7 @@ def _make_document(document: Path) -> None:
     mark = f"--metadata=description:sha256 {fingerprint(text)}"
     _call("pandoc", *options, looks, mark, f"--resource-path={DOC}", f"--output={document}", text=text)
     kind = "impress" if document.suffix == ".pptx" else "writer"
-    to_pdf = f"pdf:{kind}_pdf_Export:{json.dumps(_PDF_OPTIONS, separators=(',', ':'))}"
+    to_pdf = f"pdf:{kind}_pdf_Export:{PDF_OPTIONS}"
     with tempfile.TemporaryDirectory() as home:  # LibreOffice keeps its settings there
         copied = shutil.copy(document, home)  # links become relative to the PDF, which it writes beside
         own = f"-env:UserInstallation={Path(home, 'profile').as_uri()}"

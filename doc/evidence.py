@@ -12,7 +12,7 @@ from typing import Any
 
 from src.cli import command_line
 from src.config import DTYPES, RunConfig
-from src.explain import CATEGORIES, Timeline, read
+from src.explain import Timeline, read
 from src.families import SHAPES
 from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
 from src.offload_config import PRESETS, OffloadConfig
@@ -85,10 +85,9 @@ class Folder:
 
 def folder(name: str) -> Folder:
     """The records in doc/data/`name`, but for those in folders below it. Raises `UsageError` if there are none."""
-    found = _records_in(DATA / name)
-    if not found:
-        raise UsageError(f"doc/data/{name} has no records")
-    return Folder(name, found)
+    if found := _records_in(DATA / name):
+        return Folder(name, found)
+    raise UsageError(f"doc/data/{name} has no records")
 
 
 def listed(place: Path, script: str | None = None, modes: Sequence[str] = ("measured",)) -> list[Record]:
@@ -165,8 +164,6 @@ def peaks() -> dict[str, Record]:
 
 def share(record: Record, *categories: str) -> float:
     """The share of the peak that these categories of memory have."""
-    if unknown := set(categories) - set(CATEGORIES):
-        raise UsageError(f"unknown categories {sorted(unknown)}")
     return sum(record.peak_breakdown[name] for name in categories) / record.breakdown_peak_bytes
 
 
@@ -174,11 +171,6 @@ def share(record: Record, *categories: str) -> float:
 def snapshot(name: str) -> Timeline:
     """One of the committed memory snapshots."""
     return read(DATA / "snapshots" / f"{name}.pickle.gz")
-
-
-def loss_blocks(name: str) -> list[int]:
-    """Bytes of each block that the loss holds at a snapshot's peak."""
-    return [block.size for block in snapshot(name).at_peak() if block.category == "logits_and_loss"]
 
 
 def breakdown_pairs(runs: Iterable[Record]) -> list[Pair]:
@@ -270,7 +262,7 @@ def predicted_runs() -> list[Record]:
 
 
 def predict_all() -> None:
-    """Predict them anew; minutes. `script` is imported late: it needs all of PyTorch."""
+    """Predict them anew, which takes minutes. A user has the figures as text too; evidence is the records alone."""
     from all_gpu_liger_kernel import SCRIPT
     from src.predict import dry_run
 
@@ -321,10 +313,7 @@ def _whatever_limit(record: Record) -> tuple[RunConfig, answers.Cell]:
 
 
 def limit_verdicts() -> tuple[list[Pair], list[Pair]]:
-    """The study's cells that ran under a memory limit or ran out of it, each after its prediction under that limit.
-
-    And those of which the prediction says otherwise.
-    """
+    """The study's runs under a memory limit, each after its prediction; and those pairs that disagree on what fits."""
     found = records_below(DATA / "study")
     predicted = {answers.experiment(r): r for r in found if r.mode == "predicted"}
     runs = [r for r in found if r.mode == "measured" and r.run.memory_limit_gib is not None]
@@ -333,11 +322,7 @@ def limit_verdicts() -> tuple[list[Pair], list[Pair]]:
 
 
 def other_estimates(model_name: str, dtype: str) -> tuple[int, int]:
-    """Bytes by accelerate's and by DeepSpeed's estimator for one GPU; neither asks for batch, sequence or kernels.
-
-    accelerate: its rule for Adam with everything in the weights' dtype, four times the weights. DeepSpeed: model states
-    under ZeRO-2 with nothing offloaded, which assumes mixed precision.
-    """
+    """Bytes by accelerate's rule for Adam and DeepSpeed's for ZeRO-2, on one GPU; neither asks for batch or kernels."""
     from accelerate.commands.estimate import estimate_training_usage
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 

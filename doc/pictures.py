@@ -12,8 +12,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from doc import evidence, studies, tables
 from doc.evidence import BATCHES, MODELS, Folder
 from doc.studies import ALL, NO_FLCE, NONE
-from src import explain
-from src.explain import CATEGORIES, COLOURS
+from src.explain import CATEGORIES, COLOURS, figure
 from src.study import answers, figures
 from src.study.figures import STYLES, THREE, Axis
 from src.utils import GIB
@@ -86,7 +85,7 @@ def timelines(name: str, words: Sequence[str]) -> Figure:
     """Memory over a step without and with Liger kernels, from the committed snapshots."""
     gpus = ", ".join({run.environment.gpu for run in evidence.peaks().values()})
     titles = [f"{kernels}, 8 x 1024, {gpus}" for kernels in (NONE, ALL)]
-    drawing = explain.figure({title: evidence.snapshot(name.format(w)) for title, w in zip(titles, words)})
+    drawing = figure({title: evidence.snapshot(name.format(w)) for title, w in zip(titles, words)})
     return _resized(drawing, 10.5, 5.4)
 
 
@@ -113,9 +112,8 @@ def composition() -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     gpu = ", ".join(sorted({run.environment.gpu for run in runs.values()}))
     axes.set_title(f"Llama 3.2 1B, bf16, gradient checkpointing, 8 x 1024 tokens, {gpu}", fontsize=9)
-    names = [name for name in CATEGORIES if name in shown]
-    labels = [name.replace("_", " ") for name in names]
-    drawing.legend([shown[n] for n in names], labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    shown = {name.replace("_", " "): shown[name] for name in CATEGORIES if name in shown}
+    drawing.legend(shown.values(), shown, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     return drawing
 
 

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 from doc import evidence
 from src.config import RunConfig
-from src.families import SHAPES
 from src.machine import H100
 from src.offload_config import PRESETS, OffloadConfig
 from src.record import Record
@@ -26,8 +25,6 @@ NOT_MEASURED = "not measured"
 NONE, NO_FLCE, ALL = TITLES.values()
 OFFLOAD = {name: OffloadConfig(preset=name, **settings) for name, settings in PRESETS.items()}
 LIMITED = dataclasses.replace(OFFLOAD["original"], memory_limit_gib=CARD_GIB)
-MODEL = OffloadConfig.model_name.removesuffix("-Instruct")
-_, SHAPE = SHAPES[MODEL]
 BUDGETS = {"80 GB": H100.memory_bytes, "24 GiB": 24 * GIB}
 SETTINGS: dict[str, RunConfig] = {
     "one GPU, bf16, checkpointing": RunConfig(),
@@ -225,9 +222,8 @@ def studies() -> list[Column]:
 
 def study_with(config: RunConfig) -> Column:
     """The study with these settings. Raises `UsageError` if there is none."""
-    for column in studies():
-        if column.config == config:
-            return column
+    if found := [column for column in studies() if column.config == config]:
+        return found[0]
     raise UsageError(f"doc/data/study has no study with these settings: {config.script}{config.settings_name}")
 
 
@@ -257,7 +253,7 @@ def logits_copies(column: Column) -> pd.Series:
         theirs, own = (c.ran(Cell(NONE, *size)) for c in (published, column))
         if theirs and saving > 1.05:
             more = theirs.peak_memory_bytes - own.peak_memory_bytes
-            copies.append(more / (own.run.tokens_per_step * SHAPE["vocab_size"] * 4))
+            copies.append(more / (own.run.tokens_per_step * evidence.MODELS[0].config.vocab_size * 4))
     return pd.Series(copies, dtype=float)
 
 
@@ -271,9 +267,8 @@ def repeats() -> pd.DataFrame:
             earlier = before[again.setting].ran(cell)
             if earlier is not None and later.status == "ok":
                 peak = later.peak_memory_bytes / earlier.peak_memory_bytes - 1
-                rows.append(
-                    (short(again.config), later.run.tokens_per_step, peak, later.latency_s / earlier.latency_s - 1)
-                )
+                step = later.latency_s / earlier.latency_s - 1
+                rows.append((short(again.config), later.run.tokens_per_step, peak, step))
     return pd.DataFrame(rows, columns=["settings", "tokens", "peak", "step"])
 
 

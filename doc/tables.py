@@ -11,6 +11,7 @@ import pandas as pd
 from doc import evidence, studies
 from doc.evidence import Pair
 from doc.studies import GRID, LINES, NOT_MEASURED, Column
+from src.explain import CATEGORIES
 from src.record import Record
 from src.study import answers
 from src.study.figures import absence
@@ -204,7 +205,7 @@ def levers(runs: Sequence[Record]) -> str:
 def peak_changes(none: Record, every: Record) -> str:
     """What the peaks without any and with all kernels are made of, and what the kernels took away, largest first."""
     parts = pd.DataFrame({"none": none.peak_breakdown, "all": every.peak_breakdown})
-    parts = parts.reindex(evidence.CATEGORIES).loc[lambda p: (p != 0).any(axis=1)]
+    parts = parts.reindex(CATEGORIES).loc[lambda p: (p != 0).any(axis=1)]
     parts = parts.assign(change=parts["all"] - parts["none"]).sort_values("change", kind="stable")
     parts.loc["peak"] = parts.sum()
     rows = [
@@ -293,7 +294,7 @@ def by_size(runs: Sequence[Record], field: str) -> str:
 
 def composition(runs: dict[str, Record]) -> str:
     """What the peaks of `runs` are made of, in MiB; parts below a hundredth of every peak are added up."""
-    parts = pd.DataFrame({name: run.peak_breakdown for name, run in runs.items()}).reindex(evidence.CATEGORIES)
+    parts = pd.DataFrame({name: run.peak_breakdown for name, run in runs.items()}).reindex(CATEGORIES)
     is_large = (parts >= 0.01 * parts.sum()).any(axis=1)
     shown = pd.concat([parts[is_large], parts[~is_large].sum().to_frame("all else").T])
     rows = [[name.replace("_", " "), *(f"{count / MIB:,.0f}" for count in row)] for name, *row in shown.itertuples()]

@@ -23,7 +23,10 @@ function Table(found)
   local function see(is_heading)
     return function(column, cell)
       widths[column] = math.max(widths[column] or 0, room(cell, is_heading) + 3)
-      cell.contents = { pandoc.Div(cell.contents, pandoc.Attr("", {}, { ["custom-style"] = "Table Text" })) }
+      -- Paragraphs, because pandoc has a style of its own for lines; an empty cell has one too, for its row's height.
+      local text = pandoc.utils.blocks_to_inlines(cell.contents)
+      local paragraph = pandoc.Para(#text > 0 and text or { pandoc.Str("\u{a0}") })
+      cell.contents = { pandoc.Div({ paragraph }, pandoc.Attr("", {}, { ["custom-style"] = "Table Text" })) }
     end
   end
   each_cell(found.head.rows, see(true))
