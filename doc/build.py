@@ -47,14 +47,9 @@ DOCUMENTS = dict.fromkeys(("measured", "offload", "scaling", "peak", "original",
 DOCUMENTS |= {"levers": "doc/data/h200_offload", "predicted_vs_measured": f"doc/data/{evidence.PREDICTED_RUNS}"}
 # What pandoc makes, of which text, and with which options. The slides' Markdown is not kept.
 OFFICE = {
-    "group_10_midterm.docx": (
-        "report",
-        "--shift-heading-level-by=-1",
-        f"--lua-filter={evidence.SOURCE / 'tables.lua'}",
-    ),
+    "group_10_midterm.docx": ("report", "--shift-heading-level-by=-1", f"--lua-filter={evidence.SOURCE}/tables.lua"),
     "group_10_liger_kernel.pptx": ("slides", "--slide-level=1", "--from=markdown-implicit_figures"),
 }
-PROGRAMS = ("pandoc", "soffice")
 # Links to the other documents hold wherever the folder lies.
 PDF_OPTIONS = '{"ExportLinksRelativeFsys":{"type":"boolean","value":"true"}}'
 
@@ -163,7 +158,7 @@ def build() -> None:
         _write(DOC / "image" / name, functools.partial(_save, figure))
     for name in DOCUMENTS:
         _write(DOC / f"{name}.md", lambda path, name=name: path.write_text(render(name)))
-    if lacking := [program for program in PROGRAMS if shutil.which(program) is None]:
+    if lacking := [program for program in ("pandoc", "soffice") if shutil.which(program) is None]:
         print(f"No Word, PowerPoint and PDF files without {', '.join(lacking)}: python -m doc.build --help")
         return
     for name in OFFICE:

@@ -5,11 +5,13 @@ A record that is missing is a `UsageError`: no document is made without what it 
 
 import dataclasses
 import functools
+import os
 import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from src import machine
 from src.cli import command_line
 from src.config import DTYPES, RunConfig
 from src.explain import Timeline, read
@@ -266,6 +268,8 @@ def predict_all() -> None:
     from all_gpu_liger_kernel import SCRIPT
     from src.predict import dry_run
 
+    # Asked once: the records that are written here would make it a changed checkout.
+    os.environ.setdefault("GIT_COMMIT", machine.environment(on_gpu=False)["git_commit"])
     for run in predicted_runs():
         config = dry_run_of(run)
         dry_run.main(config, SCRIPT)

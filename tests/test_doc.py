@@ -263,7 +263,8 @@ def test_best_settings_are_those_that_fit_and_predictions_stand_apart():
 
 def test_efficiency_is_relative_to_one_gpu_and_what_was_not_measured_stays_empty():
     one, two, eight = (made_up(ALL, 4, world_size=n, seconds=[1 / n**0.5] * 3, **FAST) for n in (1, 2, 8))
-    other = [made_up(ALL, 4, **FAST | {"gpu": "H200"}), made_up(ALL, 4, **FAST, environment={"omp": {"OMP_X": "1"}})]
+    later = {"date": "2026-02-02T00:00:00+00:00"}
+    other = [made_up(ALL, 4, **FAST, environment=later | own) for own in ({"gpu": "H200"}, {"omp": {"OMP_X": "1"}})]
     (row,) = by_column(tables.scaling([eight, *other, two, one]))
     assert row["preset, and what differs from it"] == "fast"
     assert [row[f"efficiency, {n} GPUs"] for n in (2, 4, 8)] == ["141%", "", "283%"]
