@@ -1,13 +1,14 @@
 """Builds everything in doc/ that is made from records: tables, figures, the report and the slides.
 
-    python -m doc.build                # tables, figures, report.md and, with pandoc and LibreOffice, documents and PDFs
-    python -m doc.build --predictions  # and predicted_vs_measured.md, whose dry runs take minutes
-    python -m doc.build --check        # write nothing; fail if anything but figures is not what it would make
+    python -m doc.build                          # all of it; with pandoc and LibreOffice also documents and PDFs
+    python -m doc.build --check                  # write nothing; fail if anything but figures is not what it would make
+    python -m doc.build --predictions            # first predict anew what was measured, which takes minutes
+    python -m doc.build --table scaling results  # print a document made from the records of another folder
 
-The texts are doc/source/report.md and slides.md. They have no number that records or a model's shape could tell, and
-their conclusions name the condition under which they hold: the build fails where one does not.
+The texts are templates in doc/source/. They have no number that records or a model's shape could tell, and their
+conclusions name the condition under which they hold: the build fails where one does not.
 Word, PowerPoint and PDF files are left alone where they are of the same text and pictures; remove one to have it made
-again. doc/office.py says what to install for them.
+again: apt-get install pandoc libreoffice-writer libreoffice-impress fonts-liberation fonts-crosextra-carlito
 """
 
 import argparse
@@ -17,95 +18,109 @@ import io
 import logging
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
 from PIL import Image  # comes with matplotlib
 
-from doc import evidence, facts, office, pictures, tables
+from doc import evidence, pictures, studies, tables
 from doc.evidence import ROOT
-from src.utils import ExitStatus, UsageError, error_line, write_atomically
+from src.machine import H100
+from src.predict.frontier import GRANULARITY
+from src.study.figures import setting_words
+from src.utils import ExitStatus, UsageError, error_line, markdown_table, write_atomically
 
 DOC = ROOT / "doc"
 
-# File -> table of doc/tables.py and the folder of its records.
-DOCUMENTS = {
-    "measured.md": ("measured", "doc/data"),
-    "offload.md": ("offload", "doc/data"),
-    "scaling.md": ("scaling", "doc/data"),
-    "levers.md": ("levers", "doc/data/h200_offload"),
-    "peak.md": ("peak", "doc/data"),
-    "original.md": ("original", "doc/data"),
-    "best.md": ("best", "doc/data"),
+# Each text and the folder of the records that it is made from.
+DOCUMENTS = dict.fromkeys(("measured", "offload", "scaling", "peak", "original", "best", "report"), "doc/data")
+DOCUMENTS |= {"levers": "doc/data/h200_offload", "predicted_vs_measured": f"doc/data/{evidence.PREDICTED_RUNS}"}
+# What pandoc makes, of which text, and with which options. The slides' Markdown is not kept.
+OFFICE = {
+    "group_10_midterm.docx": ("report", "--shift-heading-level-by=-1", f"--lua-filter={evidence.SOURCE}/tables.lua"),
+    "group_10_liger_kernel.pptx": ("slides", "--slide-level=1", "--from=markdown-implicit_figures"),
 }
-PREDICTIONS = {"predicted_vs_measured.md": ("predicted", "doc/data/h100_single_gpu")}
-
-# The source of each text, what is made of it, and by what. The slides' Markdown is not kept.
-REPORT = ("report.md", "group_10_midterm.docx", office.to_docx)
-SLIDES = ("slides.md", "group_10_liger_kernel.pptx", office.to_pptx)
+# Links to the other documents hold wherever the folder lies.
+PDF_OPTIONS = '{"ExportLinksRelativeFsys":{"type":"boolean","value":"true"}}'
 
 
-def render(name: str) -> str:
+def holds(condition: bool, caller: Callable[[], str]) -> str:
+    """The text of a `{% call holds(...) %}` block. Raises `UsageError` if the records say otherwise."""
+    text = " ".join(caller().split())
+    if not condition:
+        raise UsageError(f"the records no longer show this: {text!r}")
+    return text
+
+
+def context(folder: str, command: str) -> dict[str, Any]:
+    """Every name that a template may use, but for the filters."""
+    return {
+        "records": functools.partial(evidence.listed, Path(ROOT, folder)),
+        "command": command,
+        "evidence": evidence,
+        "studies": studies,
+        "tables": tables,
+        "holds": holds,
+        "share": evidence.share,
+        "setting_words": setting_words,
+        "H100": H100,
+        "GRANULARITY": GRANULARITY,
+    }
+
+
+@functools.cache
+def render(name: str, folder: str = "", command: str = "python -m doc.build") -> str:
     """A text of doc/source with every expression in it replaced. Raises `UsageError` that names the line."""
-    loader = jinja2.FileSystemLoader(DOC / "source")
-    environment = jinja2.Environment(
-        loader=loader,
-        undefined=jinja2.StrictUndefined,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.globals |= facts.context()
-    environment.filters |= evidence.FILTERS
+    names = context(folder or DOCUMENTS.get(name, "doc/data"), command)
     try:
-        return reflow(environment.get_template(name).render())
+        return reflow(tables.templates().get_template(f"{name}.md").render(names))
     except (UsageError, jinja2.TemplateError) as error:
         raise UsageError(f"{_place(error, name)}: {error}") from error
-
-
-def reflow(text: str) -> str:
-    """Markdown with its paragraphs and list items broken at 120 columns, and one empty line between them."""
-    blocks = re.split(r"\n\s*\n", text.strip("\n"))
-    return "\n\n".join(map(_reflow_block, blocks)) + "\n"
-
-
-def _reflow_block(block: str) -> str:
-    if re.match(r"\s*(\||#|!\[|>|%)", block):
-        return block
-    lines = []
-    for item in re.split(r"\n(?=\s*(?:-|\d+\.) )", block):
-        marker = re.match(r"\s*(?:(?:-|\d+\.) )?", item)[0]
-        words = " ".join(item[len(marker) :].split())
-        lines += textwrap.wrap(
-            words,
-            120,
-            initial_indent=marker,
-            subsequent_indent=" " * len(marker),
-            break_on_hyphens=False,
-            break_long_words=False,
-        )
-    return "\n".join(lines)
 
 
 def _place(error: Exception, name: str) -> str:
     """The template's line at which an error arose."""
     if isinstance(error, jinja2.TemplateSyntaxError):
         return f"doc/source/{error.name}, line {error.lineno}"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == DOC / "source"]
-    return f"doc/source/{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else f"doc/source/{name}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == evidence.SOURCE]
+    where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else f"{name}.md"
+    return f"doc/source/{where}"
 
 
-def texts(predictions: bool = False) -> Iterator[tuple[Path, Callable[[], str]]]:
-    """Each Markdown file of doc/, and what makes it."""
-    for name, (table, folder) in (DOCUMENTS | (PREDICTIONS if predictions else {})).items():
-        command = f"python -m doc.tables {table} {folder}"
-        document = functools.partial(tables.TABLES[table].text, Path(folder), command)
-        yield DOC / name, lambda document=document: document() + "\n"
-    yield DOC / REPORT[0], lambda: render(REPORT[0])
+def reflow(text: str) -> str:
+    """Markdown with paragraphs and list items broken at 120 columns, one empty line between them, aligned tables."""
+    blocks = re.split(r"\n\s*\n", text.strip())
+    return "\n\n".join(map(_reflow_block, blocks)) + "\n"
+
+
+def _reflow_block(block: str) -> str:
+    if block.startswith("|"):
+        return _aligned(block.splitlines())
+    if re.match(r"\s*(#|!\[|>|%)", block):
+        return block
+    lines = []
+    for item in re.split(r"\n(?=\s*(?:-|\d+\.) )", block):
+        marker = re.match(r"\s*(?:(?:-|\d+\.) )?", item)[0]
+        indents = {"initial_indent": marker, "subsequent_indent": " " * len(marker)}
+        whole = {"break_on_hyphens": False, "break_long_words": False}
+        lines += textwrap.wrap(" ".join(item[len(marker) :].split()), 120, **indents, **whole)
+    return "\n".join(lines)
+
+
+def _aligned(lines: list[str]) -> str:
+    header, rule, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]] for line in lines)
+    plain = [[cell.replace("\\|", "|") for cell in row] for row in (header, *rows)]
+    return markdown_table(plain[0], plain[1:], "".join("r" if cell.endswith(":") else "l" for cell in rule))
 
 
 def fingerprint(text: str) -> str:
@@ -117,48 +132,64 @@ def fingerprint(text: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprint_in(document: Path) -> str | None:
+    """What `_make_document` wrote into a document to tell from which text and pictures it was made."""
+    try:
+        with zipfile.ZipFile(document) as archive:
+            found = re.search(r"sha256 ([0-9a-f]+)", archive.read("docProps/core.xml").decode())
+    except (OSError, KeyError, zipfile.BadZipFile):
+        return None
+    return found and found[1]
+
+
 def stale() -> list[str]:
     """Files of doc/ that are not what the records and sources make."""
-    found = [p.name for p, make in texts() if not p.exists() or p.read_text() != make()]
-    for source, document, _ in (REPORT, SLIDES):
-        if office.fingerprint_in(DOC / document) != fingerprint(render(source)):
-            found.append(document)
-    return found
+    texts = {f"{name}.md": render(name) for name in DOCUMENTS}
+    found = [name for name, text in texts.items() if not (DOC / name).exists() or (DOC / name).read_text() != text]
+    made_of = {name: fingerprint(render(source)) for name, (source, *_) in OFFICE.items()}
+    return found + [name for name, expected in made_of.items() if fingerprint_in(DOC / name) != expected]
 
 
-def build(predictions: bool) -> None:
+def build() -> None:
     """Write everything; says what it wrote, and what it could not for want of programs."""
     for path in DOC.glob("image/study_*.png"):
         path.unlink()  # its records may be gone
     for name, figure in pictures.all_figures():
-        path = DOC / "image" / name
-        write_atomically(path, lambda temporary, figure=figure: _save(figure, temporary))
-        _wrote(path)
-    for path, make in texts(predictions):
-        text = make()
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text))
-        _wrote(path)
-    if lacking := office.missing():
-        print(f"No Word, PowerPoint and PDF files: {', '.join(lacking)} missing; doc/office.py says what to install.")
+        _write(DOC / "image" / name, functools.partial(_save, figure))
+    for name in DOCUMENTS:
+        _write(DOC / f"{name}.md", lambda path, name=name: path.write_text(render(name)))
+    if lacking := [program for program in ("pandoc", "soffice") if shutil.which(program) is None]:
+        print(f"No Word, PowerPoint and PDF files without {', '.join(lacking)}: python -m doc.build --help")
         return
-    for source, document, convert in (REPORT, SLIDES):
-        _make_document(source, DOC / document, convert)
+    for name in OFFICE:
+        _make_document(DOC / name)
 
 
-def _make_document(source: str, document: Path, convert: Callable[[Path, Path, str], None]) -> None:
-    text, pdf = render(source), document.with_suffix(".pdf")
-    if pdf.exists() and office.fingerprint_in(document) == fingerprint(text):
+def _make_document(document: Path) -> None:
+    """A Word or PowerPoint file whose looks are those of doc/source/reference.*, and its PDF."""
+    name, *options = OFFICE[document.name]
+    text, pdf = render(name), document.with_suffix(".pdf")
+    if pdf.exists() and fingerprint_in(document) == fingerprint(text):
         print(f"{document.relative_to(ROOT)} and {pdf.name} are up to date")
         return
-    rendered = document.with_suffix(".md")  # beside the pictures
-    try:
-        rendered.write_text(text)
-        convert(rendered, document, fingerprint(text))
-    finally:
-        rendered.unlink(missing_ok=True)
-    office.to_pdf(document, pdf)
-    _wrote(document)
-    _wrote(pdf)
+    looks = f"--reference-doc={evidence.SOURCE / 'reference'}{document.suffix}"
+    mark = f"--metadata=description:sha256 {fingerprint(text)}"
+    _call("pandoc", *options, looks, mark, f"--resource-path={DOC}", f"--output={document}", text=text)
+    kind = "impress" if document.suffix == ".pptx" else "writer"
+    to_pdf = f"pdf:{kind}_pdf_Export:{PDF_OPTIONS}"
+    with tempfile.TemporaryDirectory() as home:  # LibreOffice keeps its settings there
+        copied = shutil.copy(document, home)  # links become relative to the PDF, which it writes beside
+        own = f"-env:UserInstallation={Path(home, 'profile').as_uri()}"
+        _call("soffice", own, "--headless", "--convert-to", to_pdf, "--outdir", home, copied)
+        shutil.copyfile(Path(copied).with_suffix(".pdf"), pdf)
+    print(document.relative_to(ROOT))
+    print(pdf.relative_to(ROOT))
+
+
+def _call(*command: str, text: str | None = None) -> None:
+    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    if done.returncode:
+        raise UsageError(f"{command[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -168,26 +199,37 @@ def _save(figure: Figure, path: Path) -> None:
     Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="png", dpi=(150, 150))
 
 
-def _wrote(path: Path) -> None:
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    write_atomically(path, write)
     print(path.relative_to(ROOT))
 
 
 def main() -> int:
-    """Build or check; returns the exit status."""
+    """Build, check or print; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
-    parser.add_argument("--predictions", action="store_true", help="make predicted_vs_measured.md too")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--check", action="store_true", help="write nothing; fail if something is out of date")
+    asked.add_argument("--predictions", action="store_true", help="predict anew what was measured on one GPU")
+    asked.add_argument("--table", nargs=2, metavar=("NAME", "FOLDER"), help=f"print one of {', '.join(DOCUMENTS)}")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    os.chdir(ROOT)  # the documents name their records' folders relative to it
     try:
+        if arguments.table:
+            name, folder = arguments.table
+            if name not in DOCUMENTS:
+                raise UsageError(f"no table {name!r}: choose from {', '.join(DOCUMENTS)}")
+            print(render(name, os.path.abspath(folder), f"python -m doc.build --table {name} {folder}"), end="")
+            return ExitStatus.DONE
+        os.chdir(ROOT)  # records name their folders relative to it
+        if arguments.predictions:
+            evidence.predict_all()
         if not arguments.check:
-            build(arguments.predictions)
+            build()
         elif found := stale():
             raise UsageError(f"out of date, run python -m doc.build: {', '.join(found)}")
     except UsageError as error:
         error_line(error)
-        return ExitStatus.FAILED
+        return ExitStatus.BAD_ARGUMENTS if arguments.table else ExitStatus.FAILED
     return ExitStatus.DONE
 
 

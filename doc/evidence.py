@@ -1,27 +1,43 @@
-"""What the report and the slides are made from: records by their settings, facts of the models' shapes, conditions.
+"""What the documents speak of: records found by their settings, models' sizes, predictions beside what was measured.
 
-A record that is not there, or a sentence whose condition the records no longer meet, is a `UsageError`.
+A record that is missing is a `UsageError`: no document is made without what it speaks of.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+import os
+import tomllib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from matplotlib.figure import Figure
-from src.figures import all_figures, predicted_and_measured, setting_words
-
-from doc import original
-from src import records, study
-from src.config import PRESETS, STRATEGIES, OffloadConfig, RunConfig, Strategy, config_of
-from src.model_utils import load_model_config, parameter_counts
-from src.snapshot import Timeline, read
-from src.study import Record
-from src.utils import GIB, MIB, UsageError, next_power_of_two
+from src import machine
+from src.cli import command_line
+from src.config import DTYPES, RunConfig
+from src.explain import Timeline, read
+from src.families import SHAPES
+from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
+from src.offload_config import PRESETS, OffloadConfig
+from src.record import Record, load, load_all
+from src.study import answers
+from src.study.figures import predicted_and_measured
+from src.techniques import KERNEL_NAMES, STRATEGIES, kernels_only
+from src.utils import GIB, UsageError, ceil_div, next_power_of_two
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "doc" / "data"
-NO_KERNELS, NO_FLCE, ALL_KERNELS = STRATEGIES.values()
+SOURCE = ROOT / "doc" / "source"
+# The runs of which predictions are kept, and where these are.
+PREDICTED_RUNS, PREDICTIONS = "h100_single_gpu", "predicted_single_gpu"
+
+BATCHES = (1, 4, 8, 16, 32)  # of the runs that had a machine for themselves
+OFFLOADED = (("none", 4), ("all", 4), ("none", 32), ("all", 32), ("all", 96))  # kernels and batch
+
+Pair = tuple[Record, Record]
+
+# Several documents are made of one folder.
+records_below = functools.cache(lambda place: tuple(load_all([place])))
+_records_in = functools.cache(lambda place: tuple(map(load, sorted(place.glob("*.json")))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,33 +45,41 @@ class Folder:
     """The records of one folder below doc/data, which one machine measured."""
 
     name: str
-    records: list[Record]
+    records: Sequence[Record]
 
-    def find(self, strategy: Strategy = ALL_KERNELS, *, preset: str | None = None, **settings: Any) -> Record | None:
-        """The run with these settings, the study's where none is given; `preset` names an offloaded one. Or None."""
+    def find(self, kernels: str = "all", *, preset: str | None = None, **settings: Any) -> Record | None:
+        """The run with these settings, the study's where none is given; `preset` names an offloaded one. Or None.
+
+        `kernels` is a word of a grid, or the only kernel that is on.
+        """
+        switches = STRATEGIES[kernels] if kernels in STRATEGIES else kernels_only(kernels)
         if preset is None:
-            config: RunConfig = RunConfig(strategy=strategy, **settings)
+            config: RunConfig = RunConfig(**switches, **settings)
         else:
-            config = OffloadConfig(strategy=strategy, **PRESETS[preset] | {"preset": preset} | settings)
-        found = [r for r in self.records if (r["script"], r["run_name"]) == (config.script, config.run_name)]
+            config = OffloadConfig(**switches, **PRESETS[preset] | {"preset": preset} | settings)
+        found = [r for r in self.records if (r.script, r.run_name) == (config.script, config.run_name)]
         if len(found) > 1:
             raise UsageError(f"doc/data/{self.name} has several records of {config.run_name}")
         return found[0] if found else None
 
-    def run(self, strategy: Strategy = ALL_KERNELS, *, preset: str | None = None, **settings: Any) -> Record:
+    def run(self, kernels: str = "all", *, preset: str | None = None, **settings: Any) -> Record:
         """The same, of a run that must be there and must have ended well."""
-        record = self.find(strategy, preset=preset, **settings)
-        if record is None or record["status"] != "ok":
+        record = self.find(kernels, preset=preset, **settings)
+        if record is None or record.status != "ok":
             what = "no record" if record is None else "only a run that failed"
-            words = ", ".join(f"{key} {value}" for key, value in settings.items())
-            kernels = " ".join(filter(None, (strategy.title, preset and f"preset {preset}", words)))
-            raise UsageError(f"doc/data/{self.name} has {what} of: {kernels}")
+            named = {"kernels": kernels, "preset": preset} | settings
+            words = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
+            raise UsageError(f"doc/data/{self.name} has {what} of: {words}")
         return record
+
+    def pairs(self, *settings: dict[str, Any]) -> list[tuple[Record | None, Record | None]]:
+        """Of each of these settings the run without and with all Liger kernels."""
+        return [(self.find("none", **own), self.find("all", **own)) for own in settings]
 
     @property
     def gpu(self) -> str:
         """The GPU that measured all of them."""
-        found = {r["environment"]["gpu"] for r in self.records if r["mode"] == "measured"}
+        found = {r.environment.gpu for r in self.records if r.mode == "measured"}
         if len(found) != 1:
             raise UsageError(f"doc/data/{self.name} has records of {len(found)} GPUs, not of one")
         return found.pop()
@@ -63,121 +87,114 @@ class Folder:
 
 def folder(name: str) -> Folder:
     """The records in doc/data/`name`, but for those in folders below it. Raises `UsageError` if there are none."""
-    paths = sorted((DATA / name).glob("*.json"))
-    if not paths:
-        raise UsageError(f"doc/data/{name} has no records")
-    return Folder(name, [records.load(path) for path in paths])
+    if found := _records_in(DATA / name):
+        return Folder(name, found)
+    raise UsageError(f"doc/data/{name} has no records")
 
 
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """The study's runs on one machine and with one set of settings."""
-
-    setting: study.Setting
-    cells: dict[study.Cell, Record]
-
-    @property
-    def title(self) -> str:
-        """Model, settings and machine."""
-        found = list(self.cells.values())
-        return setting_words(next((r for r in found if r["status"] == "ok"), found[0]))
-
-    @property
-    def short_title(self) -> str:
-        """What tells it from the others."""
-        config = self.setting.config
-        if config.script == "deepspeed":
-            return f"offload, preset {config.preset}"
-        return "one GPU" if config.gradient_checkpointing else "one GPU, no checkpointing"
-
-    @property
-    def machine(self) -> str:
-        """Its GPU and what tells it from the others."""
-        return f"{study.gpu_name(next(iter(self.cells.values())))}, {self.short_title}"
-
-    def figures(self) -> Iterator[tuple[str, Figure]]:
-        """File names and figures of its three strategies, as far as it has runs enough: by batch size and by length."""
-        for name, figure in all_figures(list(self.cells.values())):
-            if "3_strategies" in name:
-                yield f"study_{self.setting.name}_by_{'length' if 'fixed_batch' in name else 'batch'}.png", figure
-
-    @property
-    def pictures(self) -> list[str]:
-        """The names of these files."""
-        return [name for name, _ in self.figures()]
-
-    def frontier(self, strategy: Strategy) -> tuple[int, int] | None:
-        """The largest batch at 1024 tokens that ran, and the smallest that ran out of memory; None if none did."""
-        by_batch, _ = original.LINES
-        fits, too_large = original.frontier(self.column, strategy.title, by_batch)
-        return (max(fits), min(too_large)) if fits and too_large else None
-
-    @property
-    def column(self) -> original.Column:
-        """Its cells, to be set beside others'."""
-        return original.Column(self.title, self.cells)
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether its runs had a memory limit."""
-        return self.setting.config.memory_limit_gib is not None
-
-    @property
-    def missing(self) -> int:
-        """Cells of the original's grids that have no record."""
-        return len(set(study.GRID) - set(self.cells))
+def listed(place: Path, script: str | None = None, modes: Sequence[str] = ("measured",)) -> list[Record]:
+    """Every record of a script, or of both, of these modes below a folder, in the order of the tables."""
+    runs = [r for r in records_below(place) if r.mode in modes and script in (None, r.script)]
+    if not runs:
+        raise UsageError(f"no measured records of {script or 'any'} script below {place}")
+    return sorted(runs, key=table_order)
 
 
-def studies() -> list[Study]:
-    """The runs below doc/data/study, those together that can be drawn together, the nearest to the original first."""
-    return [Study(*item) for item in study.studies(records.load_all([DATA / "study"])).items()]
+def table_order(record: Record) -> tuple:
+    """One GPU before offload; then by model, settings, tokens, kernels."""
+    return (record.script, *(_one_gpu_order if record.script == "all_gpu" else _offload_order)(record))
 
 
-def study_with(config: RunConfig, among: Sequence[Study]) -> Study:
-    """The study with these settings. Raises `UsageError` if there is none."""
-    for part in among:
-        if part.setting.config == config:
-            return part
-    raise UsageError(f"doc/data/study has no study with these settings: {config.script}{config.settings_name}")
+def _one_gpu_order(record: Record) -> tuple:
+    config, models = record.run, list(SHAPES)
+    model, optimizer = config.model_name.removesuffix("-Instruct"), config.optimizer
+    place = models.index(model) if model in models else len(models)
+    settings = DTYPES.index(config.dtype), optimizer != RunConfig.optimizer, optimizer
+    settings += config.memory_limit_gib is not None, not config.gradient_checkpointing
+    return place, *settings, config.seq_length, config.batch_size, len(config.kernels), record.run_name
 
 
-@dataclasses.dataclass(frozen=True)
-class Repeat:
-    """Cells of a study that had been measured before."""
-
-    title: str
-    pairs: list[tuple[Record, Record]]  # before, and in the study
-
-    @property
-    def peak_difference(self) -> float:
-        """The largest change of a peak, relative."""
-        return max(abs(later["peak_memory_bytes"] / earlier["peak_memory_bytes"] - 1) for earlier, later in self.pairs)
-
-    def changes(self, tokens: range) -> list[float]:
-        """Relative changes of the step time of cells with so many tokens."""
-        return [
-            later["latency_s"] / earlier["latency_s"] - 1
-            for earlier, later in self.pairs
-            if config_of(later).tokens_per_step in tokens
-        ]
+def _offload_order(record: Record) -> tuple:
+    config = record.run
+    usual = all(getattr(config, name) == value for name, value in PRESETS[config.preset].items())
+    sizes = config.seq_length, config.batch_size, len(config.kernels), list(PRESETS).index(config.preset)
+    return config.model_name, config.world_size, not usual, *sizes, record.run_name
 
 
-def repeats(among: Sequence[Study]) -> list[Repeat]:
-    """What the studies measured again of folders whose runs had a machine for themselves."""
-    before = study.studies([*folder("h100_single_gpu").records, *folder("h100_offload").records])
-    found = []
-    for again in among:
-        cells = before.get(again.setting, {})
-        pairs = [(cells[cell], record) for cell, record in again.cells.items() if cell in cells]
-        ran = [pair for pair in pairs if all(record["status"] == "ok" for record in pair)]
-        if ran and not again.is_limited:
-            found.append(Repeat(again.short_title, ran))
-    return found
+# Groups of runs that both a text and a picture show.
 
 
+def by_batch(runs: Folder, checkpointing: bool) -> list[Record]:
+    """The three strategies' runs at 1024 tokens, as far as they are there."""
+    settings = [{"batch_size": batch, "gradient_checkpointing": checkpointing} for batch in BATCHES]
+    found = (runs.find(kernels, **own) for kernels in STRATEGIES for own in settings)
+    return [record for record in found if record is not None]
+
+
+def alone(runs: Folder) -> list[Record]:
+    """Each kernel by itself, between none of them and more of them together."""
+    return [runs.run(kernels) for kernels in ("none", *KERNEL_NAMES, "no_flce", "all")]
+
+
+def preset_pairs(runs: Folder) -> list[Pair]:
+    """Offloaded runs under the original's settings, and under ours."""
+    return [tuple(runs.run(kernels, preset=p, batch_size=batch) for p in PRESETS) for kernels, batch in OFFLOADED]
+
+
+def ladder() -> list[tuple[str, Record | None]]:
+    """What to turn on, one after the other, at 32 x 1024 tokens, in words and as runs."""
+    h100, offload = folder("h100_single_gpu"), folder("h100_offload")
+    return [
+        ("nothing", h100.find("none", batch_size=32, gradient_checkpointing=False)),
+        ("checkpointing", h100.find("none", batch_size=32)),
+        ("all Liger kernels", h100.find("all", batch_size=32, gradient_checkpointing=False)),
+        ("all Liger kernels, checkpointing", h100.find("all", batch_size=32)),
+        ("all Liger kernels, checkpointing, offload (fast)", offload.find(preset="fast", batch_size=32)),
+    ]
+
+
+def peaks() -> dict[str, Record]:
+    """Runs with a breakdown of their peak, without and with Liger kernels."""
+    single, offload = folder("h200_single_gpu"), folder("h200_offload")
+    return {
+        "one GPU, none": single.run("none"),
+        "one GPU, all": single.run("all"),
+        "offload, none": offload.run("none", preset="fast", batch_size=8),
+        "offload, all": offload.run("all", preset="fast", batch_size=8),
+    }
+
+
+def share(record: Record, *categories: str) -> float:
+    """The share of the peak that these categories of memory have."""
+    return sum(record.peak_breakdown[name] for name in categories) / record.breakdown_peak_bytes
+
+
+@functools.cache
 def snapshot(name: str) -> Timeline:
     """One of the committed memory snapshots."""
     return read(DATA / "snapshots" / f"{name}.pickle.gz")
+
+
+def breakdown_pairs(runs: Iterable[Record]) -> list[Pair]:
+    """Runs with a breakdown without any and with all Liger kernels, otherwise the same."""
+    told = {(r.environment.gpu, r.script, r.run_name): r for r in runs if r.peak_breakdown}
+    pairs = []
+    for (gpu, script, _), none in told.items():
+        every = told.get((gpu, script, dataclasses.replace(none.run, **STRATEGIES["all"]).run_name))
+        if not none.run.kernels and every is not None:
+            pairs.append((none, every))
+    return pairs
+
+
+def tried(runs: Iterable[Record]) -> list[tuple[dict[str, str], Record | None]]:
+    """What was tried to make an offloaded step faster, in the order of trial, each with the run that measured it."""
+    found = {(run.run_name, *answers.thread_variables(run)): run for run in runs}
+    pairs = []
+    for lever in tomllib.loads((SOURCE / "levers.toml").read_text())["lever"]:
+        words = [*lever["flags"].split(), "--device", "cuda"]
+        run_name = command_line(None, OffloadConfig(), {}, words).config.run_name
+        pairs.append((lever, found.get((run_name, *lever["variables"].split()))))
+    return pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +203,7 @@ class Shape:
 
     name: str
 
-    @property
+    @functools.cached_property
     def config(self) -> Any:
         """Its Hugging Face configuration."""
         return load_model_config(RunConfig(model_name=self.name))
@@ -196,7 +213,7 @@ class Shape:
         """Without its organisation."""
         return self.name.rsplit("/")[-1]
 
-    @property
+    @functools.cached_property
     def parameters(self) -> int:
         """Number of weights, tied ones once."""
         layer, rest = parameter_counts(self.config)
@@ -212,119 +229,108 @@ class Shape:
 
     def factor(self, budget: int = 1) -> int:
         """How many times as many logits as hidden numbers a token has, over the `budget`, rounded up."""
-        return _ceil(self.config.vocab_size, budget * self.config.hidden_size)
+        return ceil_div(self.config.vocab_size, budget * self.config.hidden_size)
 
     def chunk(self, tokens: int, budget: int = 1) -> int:
         """Tokens of which fused linear cross-entropy makes logits at a time, so that they take `budget` inputs' memory.
 
-        As liger_kernel.ops.fused_linear_cross_entropy computes it in the midst of its forward pass; a test compares.
+        Liger computes it inside its forward pass, where nothing can ask for it; a test compares.
         """
-        return min(next_power_of_two(_ceil(tokens, self.factor(budget))), tokens)
+        return min(next_power_of_two(ceil_div(tokens, self.factor(budget))), tokens)
 
     def chunks(self, tokens: int, budget: int = 1) -> int:
         """The number of those chunks."""
-        return _ceil(tokens, self.chunk(tokens, budget))
-
-    @property
-    def head_bytes(self) -> int:
-        """The LM head's weight, or its gradient, in a 16-bit type."""
-        return self.config.vocab_size * self.config.hidden_size * 2
+        return ceil_div(tokens, self.chunk(tokens, budget))
 
 
-def _ceil(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
+MODELS = tuple(map(Shape, ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B")))
 
 
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """A row of doc/predicted_vs_measured.md."""
-
-    kernels: str
-    measured_gib: float
-    error: float  # relative
+# Predictions.
 
 
-class Errors(NamedTuple):
-    """Errors of the study's predicted peaks, relative, without their signs."""
-
-    every: list[float]
-    blind: list[float]  # of those that no GPU had measured when they were predicted
-
-
-def study_errors() -> Errors:
-    """Of the peaks below doc/data/study. One measured under a memory limit is measured."""
-    first: dict[tuple[RunConfig, study.Cell], str] = {}  # experiment -> when its peak was first measured
-    for run in records.load_all([DATA]):
-        if run["mode"] == "measured" and run["status"] == "ok":
-            place, date = _whatever_limit(run), run["environment"]["date"]
-            first[place] = min(first.get(place, date), date)
-    errors = Errors([], [])
-    for prediction, run in predicted_and_measured(records.load_all([DATA / "study"])):
-        error = abs(prediction["peak_memory_bytes"] / run["peak_memory_bytes"] - 1)
-        errors.every.append(error)
-        if prediction["environment"]["date"] < first[_whatever_limit(run)]:
-            errors.blind.append(error)
-    return errors
+def dry_run_of(run: Record) -> RunConfig:
+    """The dry run that predicts a run; of one that ran out of memory, whether it fits the card that it ran on."""
+    place = f"doc/data/{PREDICTIONS}"
+    config = dataclasses.replace(run.run, dry_run=True, result_dir=place, snapshot_dir="", log_dir="")
+    if run.status == "ok":
+        return config
+    return dataclasses.replace(config, gpu_memory_gib=run.environment.gpu_memory_bytes / GIB)
 
 
-def _whatever_limit(record: Record) -> tuple[RunConfig, study.Cell]:
-    config, cell = study.experiment(record)
+def predicted_runs() -> list[Record]:
+    """The measured runs of which predictions are kept."""
+    return listed(DATA / PREDICTED_RUNS, "all_gpu")
+
+
+def predict_all() -> None:
+    """Predict them anew, which takes minutes. A user has the figures as text too; evidence is the records alone."""
+    from all_gpu_liger_kernel import SCRIPT
+    from src.predict import dry_run
+
+    # Asked once: the records that are written here would make it a changed checkout.
+    os.environ.setdefault("GIT_COMMIT", machine.environment(on_gpu=False)["git_commit"])
+    for run in predicted_runs():
+        config = dry_run_of(run)
+        dry_run.main(config, SCRIPT)
+        config.record_file.with_suffix(".txt").unlink()
+
+
+def predictions(runs: Iterable[Record]) -> list[Pair]:
+    """Each run's prediction, and the run. Raises `UsageError` if one was not predicted."""
+    kept = {record.run_name: record for record in folder(PREDICTIONS).records}
+    pairs = []
+    for run in runs:
+        name = dry_run_of(run).run_name
+        if name not in kept:
+            raise UsageError(f"no prediction of {run.run_name}: python -m doc.build --predictions")
+        pairs.append((kept[name], run))
+    return pairs
+
+
+def error(prediction: Record, run: Record) -> float:
+    """Of a predicted peak, relative."""
+    return prediction.peak_memory_bytes / run.peak_memory_bytes - 1
+
+
+def errors(runs: Iterable[Record]) -> list[float]:
+    """The predictions' errors without their signs, largest first."""
+    return sorted((abs(error(p, run)) for p, run in predictions(runs) if run.status == "ok"), reverse=True)
+
+
+def study_errors() -> tuple[list[float], list[float]]:
+    """Errors, without their signs, of the study's predicted peaks: all, and those that no GPU had measured before."""
+    first: dict[Any, str] = {}  # experiment -> when its peak was first measured
+    for run in records_below(DATA):
+        if run.mode == "measured" and run.status == "ok":
+            place = _whatever_limit(run)
+            first[place] = min(first.get(place, run.environment.date), run.environment.date)
+    pairs = predicted_and_measured(records_below(DATA / "study"))
+    blind = [(p, run) for p, run in pairs if p.environment.date < first[_whatever_limit(run)]]
+    return tuple([abs(error(*pair)) for pair in own] for own in (pairs, blind))
+
+
+def _whatever_limit(record: Record) -> tuple[RunConfig, answers.Cell]:
+    """The experiment without its memory limit: one measured under a limit is measured."""
+    config, cell = answers.experiment(record)
     return dataclasses.replace(config, memory_limit_gib=None), cell
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdicts:
-    """Whether cells of the study fit a memory limit, as predicted and as measured."""
-
-    measured: list[Record]
-    wrong: list[Record]  # those of which the prediction says otherwise
-
-
-def verdicts() -> Verdicts:
-    """Cells that ran under a memory limit or ran out of it, and of which there is a prediction under the same limit."""
-    found = records.load_all([DATA / "study"])
-    predicted = {study.experiment(r): r["status"] for r in found if r["mode"] == "predicted"}
-    runs = [r for r in found if r["mode"] == "measured" and r["config"]["memory_limit_gib"] is not None]
-    runs = [r for r in runs if study.experiment(r) in predicted]
-    return Verdicts(runs, [r for r in runs if r["status"] != predicted[study.experiment(r)]])
+def limit_verdicts() -> tuple[list[Pair], list[Pair]]:
+    """The study's runs under a memory limit, each after its prediction; and those pairs that disagree on what fits."""
+    found = records_below(DATA / "study")
+    predicted = {answers.experiment(r): r for r in found if r.mode == "predicted"}
+    runs = [r for r in found if r.mode == "measured" and r.run.memory_limit_gib is not None]
+    pairs = [(predicted[place], run) for run in runs if (place := answers.experiment(run)) in predicted]
+    return pairs, [(prediction, run) for prediction, run in pairs if prediction.status != run.status]
 
 
-def predictions() -> list[Prediction]:
-    """The peaks of doc/predicted_vs_measured.md that were both predicted and measured."""
-    text = (ROOT / "doc" / "predicted_vs_measured.md").read_text()
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    column = {name: i for i, name in enumerate(rows[0])}
-    return [
-        Prediction(row[0], float(row[column["measured GiB"]]), float(row[column["error"]].rstrip("%")) / 100)
-        for row in rows[2:]
-        if row[column["error"]].endswith("%")
-    ]
+def other_estimates(model_name: str, dtype: str) -> tuple[int, int]:
+    """Bytes by accelerate's rule for Adam and DeepSpeed's for ZeRO-2, on one GPU; neither asks for batch or kernels."""
+    from accelerate.commands.estimate import estimate_training_usage
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-
-def holds(condition: bool, caller: Callable[[], str]) -> str:
-    """The text of a `{% call holds(...) %}` block. Raises `UsageError` if the records say otherwise."""
-    text = " ".join(caller().split())
-    if not condition:
-        raise UsageError(f"the records no longer show this: {text!r}")
-    return text
-
-
-def _number(value: float) -> str:
-    """Three significant digits, and thousands' commas."""
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{digits}f}"
-
-
-FILTERS: dict[str, Callable[..., str]] = {
-    "gib": lambda count: f"{count / GIB:,.2f} GiB",
-    "mib": lambda count: f"{count / MIB:,.0f} MiB",
-    "ms": lambda seconds: f"{seconds * 1e3:,.0f} ms",
-    "tokens": lambda rate: f"{rate:,.0f} tokens/s",
-    "percent": lambda share: f"{share:.0%}",
-    "percent3": lambda share: f"{share:.3%}",
-    "size": lambda record: "{batch_size} x {seq_length}".format(**record["config"]),
-    "gb_per_s": lambda rate: f"{rate / 1e9:,.0f} GB/s",
-    "times": lambda ratio: f"{_number(ratio)}",
-    "count": lambda number: f"{number:,.0f}",
-    "gpu": study.gpu_name,
-}
+    weights = Shape(model_name).parameters
+    accelerate = estimate_training_usage(weights * TORCH_DTYPES[dtype].itemsize, "float32")["step"]
+    _, deepspeed = estimate_zero2_model_states_mem_needs(weights, num_gpus_per_node=1, num_nodes=1, cpu_offload=False)
+    return accelerate, deepspeed

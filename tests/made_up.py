@@ -1,59 +1,66 @@
 """Records made up for tests of what reads them."""
 
-from src import records, study
-from src.config import STRATEGIES, RunConfig
-from src.utils import GIB, median_and_iqr
+from src.config import RunConfig
+from src.record import Record
+from src.study.answers import GRID
+from src.techniques import STRATEGIES, TITLES
+from src.utils import GIB, quartiles
 
-NONE, NO_FLCE, ALL = STRATEGIES
+NONE, NO_FLCE, ALL = TITLES.values()
 GPU = "NVIDIA Imaginary 1000"
+SWITCHES = {TITLES[word]: switches for word, switches in STRATEGIES.items()}
 
 
-def make(name, batch_size, seq_length=1024, *, config=RunConfig, gpu=GPU, seconds=None, peak=None, **settings):
-    """A record of a measured run with the strategy that figures call `name`."""
-    known = {field: settings.pop(field) for field in list(settings) if field in records.EMPTY}
-    config = config(strategy=STRATEGIES[name], batch_size=batch_size, seq_length=seq_length, device="cuda", **settings)
-    record = records.EMPTY | {
-        "run_name": config.run_name,
-        "script": config.script,
+def made_up(kernels, batch_size, seq_length=1024, *, config=RunConfig, gpu=GPU, seconds=None, peak=None, **settings):
+    """The record of a measured run. `kernels` is the study's name for them, `settings` the run's or the record's."""
+    own = {name: settings.pop(name) for name in list(settings) if name in Record.model_fields}
+    sizes = {"batch_size": batch_size, "seq_length": seq_length, "device": "cuda"}
+    run = config(**{**SWITCHES[kernels], **sizes, **settings})
+    record = {
+        "run_name": run.run_name,
+        "script": run.script,
         "status": "ok",
         "mode": "measured",
-        "config": config.to_dict(),
-        "environment": {"gpu": gpu},
+        "config": run.to_dict(),
+        "environment": {"gpu": gpu, "date": "2026-01-01T00:00:00+00:00"} | own.pop("environment", {}),
     }
-    if known.get("status", "ok") == "ok":
+    if own.get("status", "ok") == "ok":
         seconds = seconds or [0.5, 0.25, 0.75, 1.0]
-        latency, iqr = median_and_iqr(seconds)
+        first, latency, third = quartiles(seconds)
         record |= {
             "peak_memory_bytes": peak or 2 * GIB,
             "step_seconds": seconds,
             "latency_s": latency,
-            "latency_iqr_s": iqr,
-            "throughput_tokens_per_s": config.tokens_per_step / latency,
+            "latency_iqr_s": third - first,
+            "throughput_tokens_per_s": run.tokens_per_step / latency,
             "mfu": 0.4,
         }
-    return record | known
+    return Record(**record | own)
 
 
 def out_of_memory(*cell, **fields):
-    error = {"type": "OutOfMemoryError", "message": "full", "requested_bytes": 3, "free_bytes": 2, "allocated_bytes": 1}
-    return make(*cell, status="oom", error=error, **fields)
+    """One that had no room."""
+    sizes = {"requested_bytes": 3, "free_bytes": 2, "allocated_bytes": 1}
+    return made_up(*cell, status="oom", error={"type": "OutOfMemoryError", "message": "full"} | sizes, **fields)
 
 
 def inferred(*cell, **fields):
+    """One that was not run, because a smaller one had no room."""
     return out_of_memory(*cell, mode="inferred", **fields)
 
 
 def failed(*cell, **fields):
-    return make(*cell, status="error", error={"type": "Killed", "message": "ended by SIGSEGV"}, **fields)
+    """One that ended by itself."""
+    return made_up(*cell, status="error", error={"type": "Killed", "message": "ended by SIGSEGV"}, **fields)
 
 
 def predicted(*cell, **fields):
-    known = {"mode": "predicted", "simulated_gpu": "NVIDIA H100", "gpu": None, "dry_run": True}
-    fields = {**known, **fields}
-    return make(*cell, **fields) | {"step_seconds": None, "latency_s": None, "throughput_tokens_per_s": None}
+    """One that was simulated."""
+    known = {"mode": "predicted", "simulated_gpu": "NVIDIA H100 80GB HBM3", "gpu": None, "dry_run": True}
+    figures = {"step_seconds": None, "latency_s": None, "throughput_tokens_per_s": None}
+    return made_up(*cell, **{**known, **fields, **figures})
 
 
-def grids(names=STRATEGIES, without=(), **settings):
+def grids(names=(NONE, NO_FLCE, ALL), without=(), **settings):
     """Both of the original's grids, but for some cells."""
-    cells = [cell for cell in study.GRID if cell.strategy in names and cell not in without]
-    return [make(*cell, **settings) for cell in cells]
+    return [made_up(*cell, **settings) for cell in GRID if cell.strategy in names and cell not in without]

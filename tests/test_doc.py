@@ -1,0 +1,299 @@
+"""Everything in doc/ is what the records make, and a sentence that they no longer bear out stops the build."""
+
+import csv
+import dataclasses
+import re
+
+import pandas as pd
+import pytest
+import torch
+
+from doc import build, evidence, studies, tables
+from doc.evidence import DATA, ROOT, Folder, Shape
+from src.machine import H100
+from src.model_utils import load_model_config
+from src.offload.host_memory import host_bytes_needed
+from src.offload_config import PRESETS, OffloadConfig
+from src.study import answers
+from src.utils import GIB, UsageError
+from tests.made_up import ALL, NO_FLCE, NONE, failed, inferred, made_up, out_of_memory, predicted
+
+ORIGINAL = {"config": OffloadConfig, "gpu": H100.name, **PRESETS["original"]}
+FAST = {**ORIGINAL, **PRESETS["fast"], "preset": "fast"}
+TEXTS = [*(ROOT / "doc" / f"{name}.md" for name in build.DOCUMENTS), ROOT / "README.md"]
+
+
+def rows(table):
+    """The cells of a Markdown table, or of all tables in a text, without headers' rules."""
+    lines = [line.strip() for line in table.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [row for row in cells if not all(re.fullmatch(":?-+:?", cell) for cell in row)]
+
+
+def by_column(table):
+    """The rows as dictionaries."""
+    header, *body = rows(table)
+    return [dict(zip(header, row, strict=True)) for row in body]
+
+
+# The committed documents
+
+
+def test_everything_is_what_the_records_and_sources_make():
+    assert build.stale() == []
+
+
+def test_another_text_makes_its_documents_stale(monkeypatch):
+    render = build.render
+    monkeypatch.setattr(build, "render", lambda name: render(name) + ("one more" if name in ("slides", "peak") else ""))
+    assert build.stale() == ["peak.md", "group_10_liger_kernel.pptx"]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_links_and_pictures_exist(path):
+    targets = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
+    local = [target.partition("#")[0] for target in targets if "://" not in target]
+    assert [target for target in local if target and not (path.parent / target).exists()] == []
+
+
+def test_figures_of_the_readmes_tables_are_those_of_the_documents():
+    def figures(row):
+        return [cell for cell in row if re.search(r"\d", cell)]
+
+    known = [figures(row) for path in TEXTS[:-1] for row in rows(path.read_text())]
+    shown = [row for row in map(figures, rows(TEXTS[-1].read_text())) if len(row) > 2]
+    assert len(shown) > 5
+    for row in shown:  # which may leave columns out
+        assert any(all(cell in rest for cell in row) for rest in map(iter, known)), row
+
+
+def test_readme_states_the_errors_of_the_predictions():
+    text = " ".join(TEXTS[-1].read_text().split())
+    told = set(re.findall(r"(\d+) peaks[^.%]*?largest error is ([\d.]+%)", text))
+    found = evidence.errors(evidence.predicted_runs()), evidence.study_errors()[0]
+    assert told <= {(str(len(errors)), f"{max(errors):.3%}") for errors in found}
+    assert told
+
+
+# Conditions
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """Renders a text of a test's own."""
+    monkeypatch.setattr(evidence, "SOURCE", tmp_path)
+
+    def rendered(text):
+        (tmp_path / "report.md").write_text(text)
+        return build.render.__wrapped__("report")
+
+    return rendered
+
+
+def test_sentence_stands_only_if_its_condition_holds(source):
+    text = "one\n\n{%% call holds(%s) %%}So be\nit.{%% endcall %%}\n"
+    assert source(text % "1 < 2") == "one\n\nSo be it.\n"
+    with pytest.raises(UsageError, match=r"^doc/source/report\.md, line 3: the records no longer show this: 'So be"):
+        source(text % "2 < 1")
+    with pytest.raises(UsageError, match=r"report\.md, line 3: 'speed_of_light' is undefined$"):
+        source(text % "speed_of_light > 0")
+
+
+def test_records_that_say_otherwise_stop_the_build(monkeypatch):
+    place = evidence.folder("h100_single_gpu")
+    default, folder = place.run("all"), evidence.folder
+    others = [record for record in place.records if record is not default]
+    worse = Folder(place.name, [*others, default.changed(peak_memory_bytes=int(1.7 * default.peak_memory_bytes))])
+    monkeypatch.setattr(evidence, "folder", lambda name: worse if name == place.name else folder(name))
+    with pytest.raises(UsageError, match=r"^doc/source/\w+\.md, line \d+: the records no longer show this: '.+'$"):
+        build.render.__wrapped__("report")
+    fewer = Folder(place.name, others)
+    monkeypatch.setattr(evidence, "folder", lambda name: fewer if name == place.name else folder(name))
+    with pytest.raises(UsageError, match=r"doc/data/h100_single_gpu has no record of: kernels all$"):
+        build.render.__wrapped__("report")
+
+
+def test_failed_run_is_found_but_bears_no_sentence():
+    runs, settings = evidence.folder("h100_single_gpu"), {"batch_size": 32, "gradient_checkpointing": False}
+    assert runs.find("none", **settings).status == "oom"
+    with pytest.raises(UsageError, match="only a run that failed of: kernels none, batch_size 32"):
+        runs.run("none", **settings)
+
+
+def test_paragraphs_are_broken_and_tables_aligned():
+    words, wide = "some words of a text " * 20, "x" * 130
+    text = f"# Title\n\n{words}\n\n\n- {words}\n- short\n\n| a | b |\n| :--- | ---: |\n| {wide} | 1 |"
+    broken = build.reflow(text)
+    assert build.reflow(broken) == broken
+    assert rows(broken) == [["a", "b"], [wide, "1"]]
+    prose = [line for line in broken.splitlines() if not line.startswith("|")]
+    assert max(map(len, prose)) <= 120
+    assert "- short" in prose
+
+
+# What the committed records are
+
+
+def test_every_record_names_its_code_and_machine_and_takes_its_peak_apart():
+    found = [r for r in evidence.records_below(DATA) if r.mode == "measured"]
+    for run in found:
+        assert re.fullmatch("[0-9a-f]{40}", run.environment.git_commit), run.run_name
+        assert run.environment.gpu
+        assert run.status in ("ok", "oom"), run.run_name
+    told = [run for run in found if run.peak_breakdown]
+    assert len(told) > 40
+    for run in told:
+        assert sum(run.peak_breakdown.values()) == run.breakdown_peak_bytes, run.run_name
+        assert run.peak_breakdown["unattributed"] < 0.03 * run.breakdown_peak_bytes, run.run_name
+
+
+def test_estimate_of_host_memory_is_near_what_was_measured():
+    told = [r for r in evidence.listed(DATA, "deepspeed") if r.host_peak_bytes and not r.run.ds_overrides]
+    assert len(told) > 30
+    for run in told:
+        near = 0.08 if run.processes == 1 else 0.1  # each process has an allowance
+        estimate = host_bytes_needed(run.run, load_model_config(run.run))
+        assert estimate == pytest.approx(run.host_peak_bytes, rel=near), run.run_name
+
+
+def test_fast_preset_takes_no_more_memory_and_less_time_than_the_original():
+    by_name = {run.run_name: run for run in evidence.listed(DATA, "deepspeed") if run.status == "ok"}
+    pairs = [(run, by_name[f"{name}_fast"]) for name, run in by_name.items() if f"{name}_fast" in by_name]
+    assert len(pairs) >= 35
+    for first, fast in pairs:
+        assert fast.peak_memory_bytes <= first.peak_memory_bytes
+        # With many tokens a step the GPU, which is the same, takes most of its time.
+        assert fast.latency_s < first.latency_s / (1.9 if first.run.tokens_per_step <= 2**15 else 1.3)
+
+
+def test_every_measured_run_has_its_prediction_which_is_no_run_of_a_study():
+    pairs = evidence.predictions(evidence.predicted_runs())
+    assert len(pairs) == len(evidence.folder(evidence.PREDICTIONS).records) == 75
+    for prediction, run in pairs:
+        same = dataclasses.replace(answers.settings(run.run), gpu_memory_gib=prediction.run.gpu_memory_gib)
+        assert answers.settings(prediction.run) == same
+        assert prediction.mode == "predicted"
+    assert answers.studies(prediction for prediction, _ in pairs) == {}
+    with pytest.raises(UsageError, match=r"no prediction of bs7_\S+: python -m doc\.build --predictions"):
+        evidence.predictions([made_up(ALL, 7)])
+
+
+def test_published_figures_are_read_as_they_stand():
+    lines = (DATA / "original" / "rtx4090_offload.csv").read_text().splitlines()
+    published = list(csv.DictReader(line for line in lines if not line.startswith("#")))
+    column = studies.original()
+    assert len(published) == len(column.cells) == 28
+    for row in published:
+        cell = answers.Cell(row["strategy"], int(row["batch_size"]), int(row["seq_length"]))
+        if row["status"] == "oom":
+            assert (column.ran(cell), tables.peak(column.cells[cell])) == (None, "OOM")
+            continue
+        assert column.cells[cell].peak_memory_bytes == int(row["peak_memory_bytes"])
+        assert column.cells[cell].throughput_tokens_per_s == float(row["throughput_tokens_per_s"])
+
+
+# What is computed
+
+
+def column(*found):
+    (only,) = studies.columns(found)
+    return only
+
+
+def test_savings_are_ratios_of_the_records():
+    peaks, seconds = {NONE: 10 * GIB, NO_FLCE: 8 * GIB, ALL: 2 * GIB}, {NONE: 3.0, NO_FLCE: 2.5, ALL: 2.0}
+    found = [made_up(name, 8, peak=peaks[name], seconds=[seconds[name]] * 3, **ORIGINAL) for name in peaks]
+    found += [made_up(NONE, 16, **ORIGINAL), out_of_memory(ALL, 16, **ORIGINAL), inferred(ALL, 32, **ORIGINAL)]
+    found += [made_up(NONE, 4, **ORIGINAL), made_up(ALL, 4, **ORIGINAL), failed(NO_FLCE, 4, **ORIGINAL)]
+    own = column(*found)
+    assert own.savings().loc[(8, 1024)].tolist() == [5, 0.75, 1.5]
+    assert own.savings().loc[(4, 1024)].isna().tolist() == [False, True, False]
+    assert len(own.savings()) == 2
+    assert own.counts() == {"measured": 7, "never_met": 0, "inferred": 1, "failed": 1}
+    assert str(own.reach(NONE, studies.LINES[0])) == "16 (none larger measured)"
+    assert str(own.reach(ALL, studies.LINES[0])) == "8 (16: OOM)"
+    assert str(own.reach(NO_FLCE, studies.LINES[1])) == "not measured"
+
+
+def used(record, gib, memory=H100.memory_bytes):
+    environment = record.environment.model_copy(update={"gpu_memory_bytes": memory})
+    return record.changed(device_used_bytes=int(gib * GIB) if record.status == "ok" else None, environment=environment)
+
+
+LIMIT = {"memory_limit_gib": 24.0}
+FITS_24_GIB = {
+    "driver saw less": (used(made_up(ALL, 8), 23), True, None),
+    "driver saw more": (used(made_up(ALL, 8), 25), False, "took 25.00 GiB"),
+    "under the limit": (used(made_up(ALL, 8, **LIMIT), 24.7), True, None),
+    "out of 24 GiB": (used(out_of_memory(ALL, 8, **LIMIT), 0), False, "OOM"),
+    "out of less": (used(out_of_memory(ALL, 8, memory_limit_gib=16.0), 0), False, None),
+    "out of a larger card": (used(out_of_memory(ALL, 8), 0), False, "OOM"),
+    "out of a smaller card": (used(out_of_memory(ALL, 8), 0, memory=22 * GIB), False, None),
+    "not run": (used(inferred(ALL, 8, **LIMIT), 0), False, "OOM*"),
+    "failed": (used(failed(ALL, 8), 0), False, None),
+}
+
+
+@pytest.mark.parametrize("case", FITS_24_GIB)
+def test_what_fits_24_gib_and_what_shows_that_it_does_not(case):
+    record, fits, reason = FITS_24_GIB[case]
+    assert studies.fits(record, 24 * GIB) == fits
+    assert studies.excess(record, 24 * GIB) == reason
+
+
+def test_best_settings_are_those_that_fit_and_predictions_stand_apart():
+    gpu = {"gpu": H100.name}
+    search = {"searched": "batch_size", "limit_bytes": 24 * GIB - H100.context_bytes, "predicted": 11}
+    found = [
+        used(made_up(NONE, 8, seconds=[1.0] * 3, **gpu), 20),
+        used(out_of_memory(NONE, 10, **gpu, **LIMIT), 0),
+        used(made_up(NONE, 3, 5000, seconds=[0.1] * 3, **gpu), 23),  # on no line of the grids, but fast
+        used(made_up(NONE, 4, 2048, seconds=[1.0] * 3, **gpu), 79),
+        used(made_up(ALL, 16, dtype="fp32", **gpu), 1),
+        used(made_up(ALL, 32, **FAST), 10),
+        predicted(NONE, 8, find_max="batch_size", gpu_memory_gib=24.0, frontier=search),
+    ]
+    shown = {tuple(row[:3]): row[3:] for row in rows(tables.best(found, 24 * GIB))[1:]}
+    setting = "one GPU, bf16, checkpointing"
+    reach = ["8 (10: OOM)", "none (2,048: took 79.00 GiB)"]
+    assert shown[setting, NONE, "H100"] == [*reach, "150,000 at 3 x 5000", "11", "not predicted"]
+    assert (setting, ALL, "H100") not in shown
+    assert shown["ZeRO-3 offload, preset fast", ALL, "H100"][0] == "32 (none larger measured)"
+
+
+def test_efficiency_is_relative_to_one_gpu_and_what_was_not_measured_stays_empty():
+    one, two, eight = (made_up(ALL, 4, world_size=n, seconds=[1 / n**0.5] * 3, **FAST) for n in (1, 2, 8))
+    later = {"date": "2026-02-02T00:00:00+00:00"}
+    other = [made_up(ALL, 4, **FAST, environment=later | own) for own in ({"gpu": "H200"}, {"omp": {"OMP_X": "1"}})]
+    (row,) = by_column(tables.scaling([eight, *other, two, one]))
+    assert row["preset, and what differs from it"] == "fast"
+    assert [row[f"efficiency, {n} GPUs"] for n in (2, 4, 8)] == ["141%", "", "283%"]
+    assert [row[f"peak GiB, {n} GPUs"] for n in (2, 4, 8)] == ["2.00", "", "2.00"]
+    (row,) = by_column(tables.scaling([out_of_memory(ALL, 4, **FAST), two]))
+    assert (row["peak GiB, 1 GPU"], row["tokens/s, 1 GPU"], row["efficiency, 2 GPUs"]) == ("OOM", "", "")
+    assert tables.scaling([one]) == ""
+
+
+def test_cells_measured_twice_are_compared_by_their_number_of_tokens():
+    runs = [("these", 8192, 0.0, 0.5), ("these", 16384, -0.25, 0.1), ("these", 65536, 0.0, -0.1)]
+    found = pd.DataFrame(runs, columns=["settings", "tokens", "peak", "step"])
+    assert rows(tables.repeats(found))[1] == ["these", "3", "25.00%", "-10% to +10%", "+50% to +50%"]
+
+
+@pytest.mark.parametrize(("tokens", "budget"), [(1, 1), (37, 1), (300, 1), (37, 8), (300, 8)])
+def test_chunks_are_those_of_liger(monkeypatch, tokens, budget):
+    from liger_kernel.ops import fused_linear_cross_entropy as flce
+
+    chunks = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            chunks.append(grid[0])
+            return lambda **_: None
+
+    monkeypatch.setattr(flce, "liger_cross_entropy_kernel", Kernel())
+    states, head = torch.randn(tokens, 4), torch.randn(57, 4)
+    flce.fused_linear_cross_entropy_forward(states, head, torch.zeros(tokens, dtype=torch.long), chunk_mem_const=budget)
+    shape = Shape("any")
+    shape.__dict__["config"] = type("Config", (), {"vocab_size": 57, "hidden_size": 4})
+    assert (chunks[0], len(chunks)) == (shape.chunk(tokens, budget), shape.chunks(tokens, budget))
