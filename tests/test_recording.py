@@ -21,10 +21,9 @@ from src.predict.fake_gpu import FakeGpu
 from src.predict.live_memory import tensors_in
 from src.predict.simulated_snapshot import simulated_snapshot
 from src.utils import round_up
-from tests.helpers import ALL_KERNELS, HUGGING_FACE, strategy_id, tiny_config
+from tests.helpers import ALL_KERNELS, HUGGING_FACE, tiny_config
 
 CHECKPOINTING = pytest.mark.parametrize("checkpointing", [False, True], ids=["keep", "recompute"])
-BOTH = pytest.mark.parametrize("kernels", [HUGGING_FACE, ALL_KERNELS], ids=strategy_id)
 
 
 class Sink:
@@ -228,8 +227,9 @@ OPERATIONS = {
 }
 
 
-@BOTH
-@CHECKPOINTING
+@pytest.mark.parametrize(
+    ("kernels", "checkpointing"), [(HUGGING_FACE, True), (ALL_KERNELS, False)], ids=["none", "all"]
+)
 def test_every_request_of_a_dry_run_is_attributed_and_labels_change_no_byte(monkeypatch, rng, kernels, checkpointing):
     config = on_gpu(rng, **kernels, gradient_checkpointing=checkpointing)
     prediction = dry_run.predict(config, script.build_experiment)
@@ -257,8 +257,7 @@ def test_every_request_of_a_dry_run_is_attributed_and_labels_change_no_byte(monk
     assert {a.module for _, a in without.gpu.events} == {""}
 
 
-@CHECKPOINTING
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("dtype", "checkpointing"), [("bf16", True), ("fp32", False)])
 def test_owned_blocks_are_the_ones_there_are(rng, checkpointing, dtype):
     config = on_gpu(rng, gradient_checkpointing=checkpointing, dtype=dtype)
     gpu, owned = FakeGpu(), Counter()
