@@ -13,6 +13,7 @@ from src import cli, machine
 from src.config import RunConfig
 from src.measure.devices import CudaRuntime
 from src.offload import ranks
+from src.offload_config import OffloadConfig
 from src.utils import GIB, UsageError
 from tests.helpers import ROOT, SCRIPT, assert_one_error_line, run_python, tiny_config
 
@@ -58,6 +59,11 @@ def test_help_names_every_flag_of_the_order(capsys):
     assert all(f"--{flag}" in text.replace(",", " ").split() for flag in flags.split())
     assert script.__doc__.strip().splitlines()[0] in text
     assert "(default: 1024)" in text
+
+
+def test_scripts_defaults_are_the_studys_and_the_originals():
+    assert (script.DEFAULTS, offload_script.DEFAULTS) == (RunConfig(), OffloadConfig())
+    assert (script.BATCH_SIZE, script.SEQ_LENGTH, script.ITERATIONS, script.ENABLE_FLCE) == (8, 1024, 10, True)
 
 
 @pytest.fixture
