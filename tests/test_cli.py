@@ -62,7 +62,7 @@ def test_help_names_every_flag_of_the_order(capsys):
 
 
 def test_scripts_defaults_are_the_studys_and_the_originals():
-    assert (script.DEFAULTS, offload_script.DEFAULTS) == (RunConfig(), OffloadConfig())
+    assert (RunConfig(), OffloadConfig()) == (script.DEFAULTS, offload_script.DEFAULTS)
     assert (script.BATCH_SIZE, script.SEQ_LENGTH, script.ITERATIONS, script.ENABLE_FLCE) == (8, 1024, 10, True)
 
 
