@@ -169,6 +169,8 @@ class RunConfig(Techniques):
             # A name does not depend on whether the GPU was asked for or found.
             if tag is None or value == self.usual(f) or (f.name, value) == ("device", "cuda"):
                 continue
+            if isinstance(value, int) and float in _kinds(f):
+                value = float(value)
             name += f"_{tag}{_name_part(value, f.metadata['choices'])}"
         return name
 
@@ -213,11 +215,16 @@ def flag_of(f: dataclasses.Field) -> str:
     return next(iter(f.metadata["flags"]), f.name)
 
 
+def _kinds(f: dataclasses.Field) -> set[type]:
+    """The types that a field's value can have, None aside."""
+    return {kind for kind in (bool, int, float, str) if kind is f.type or kind in getattr(f.type, "__args__", ())}
+
+
 def _check_value(f: dataclasses.Field, value: Any) -> None:
     """Raises `UsageError` if a field cannot have this value."""
     if value is None and type(None) in getattr(f.type, "__args__", ()):
         return
-    kinds = {kind for kind in (bool, int, float, str) if kind is f.type or kind in getattr(f.type, "__args__", ())}
+    kinds = _kinds(f)
     fits = type(value) in kinds or (float in kinds and type(value) is int)
     flag, choices, bounds = flag_of(f), f.metadata["choices"], f.metadata["bounds"]
     if not fits:

@@ -1,224 +1,241 @@
-"""The configuration: flags, run names and JSON all follow from the dataclass fields."""
+"""The configuration: flags, run names and JSON follow from the fields and from the registry of techniques."""
 
 import dataclasses
 import json
 import string
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-import all_gpu_liger_kernel as script
-from src.config import RunConfig, Strategy, make_parser, to_config
+from src import techniques
+from src.cli import command_line
+from src.config import RunConfig
+from src.offload_config import CONFIGS, PRESETS, OffloadConfig
+from src.record import load
+from src.record.record import record_files
+from src.techniques import TECHNIQUES, Technique, kernels_only
 from src.utils import UsageError
-from tests.helpers import ROOT, run_python
+from tests.helpers import ALL_KERNELS, HUGGING_FACE, ROOT
 
-FIELDS = [f for f in dataclasses.fields(RunConfig) if f.name != "strategy"]
-FLAGS = [f.name for f in (*FIELDS, *dataclasses.fields(Strategy))]
-# Fields that say where files go or how errors look; two runs that differ in these alone are one experiment.
-NOT_IN_NAME = {"result_dir", "snapshot_dir", "log_dir", "debug"}
-
-
-def parse(*arguments, defaults=None):
-    return to_config(make_parser(None, defaults or RunConfig()).parse_args(list(map(str, arguments))))
+BOTH = pytest.mark.parametrize("cls", CONFIGS.values(), ids=CONFIGS)
+# Fields that say where files go, how errors look or what is written about a run: not what the run is.
+NOT_IN_NAME = {"result_dir", "snapshot_dir", "log_dir", "debug", "breakdown", "step_per_print"}
+# Values that are hard to write into a file name.
+MODELS = ["org/model", "org--model", "a_b", "a/b", "a+b", "a%2Fb", "runs/x_fp32", "..", "é" * 90]
+NUMBERS = [1.0, 11.0, 0.1, 0.1000001, 0.1 + 0.2, 0.3, 1e-5, 123456789.0, 123456790.0]
 
 
-OPTIONS = {option.dest: option for option in make_parser(None, RunConfig())._actions if option.dest in FLAGS}
+def values_of(f):
+    """Valid values of a field other than None."""
+    choices, bounds, kind = f.metadata["choices"], f.metadata["bounds"], f.type
+    if choices:
+        return st.sampled_from(choices)
+    if f.name == "ds_override":
+        return st.dictionaries(st.text(max_size=9), st.integers(), max_size=2).map(json.dumps)
+    if kind is bool:
+        return st.booleans()
+    low, high = bounds or (None, None)
+    if kind is int or kind == int | None:
+        return st.integers(low, min(low + 20, high)) | st.integers(low, high)
+    if kind is float or kind == float | None:
+        return st.floats(low, high) | st.sampled_from([n for n in NUMBERS if low <= n <= high])
+    return st.sampled_from(MODELS) | st.text(max_size=30)
 
 
-def another_value(option):
-    """A valid value for `option` that is not its default."""
-    if option.choices:
-        return next(choice for choice in option.choices if choice != option.default)
-    if isinstance(option.default, bool):
-        return not option.default
-    if option.default is None:
-        return 12.5
-    return option.default * 2 if isinstance(option.default, int | float) else option.default + "-other"
+def some_fields(cls):
+    """A valid value for each of a few fields."""
+    fields = st.lists(st.sampled_from(dataclasses.fields(cls)), unique=True, max_size=6)
+    return fields.flatmap(lambda chosen: st.fixed_dictionaries({f.name: values_of(f) for f in chosen}))
 
 
-def arguments_for(option, value):
-    if option.nargs == 0:
-        return [option.option_strings[0]]
-    return [option.option_strings[0], int(value) if isinstance(value, bool) else value]
-
-
-def test_config_is_made_without_importing_torch():
-    done = run_python("-c", "import sys, src.config; sys.exit('torch' in sys.modules)")
-    assert done.returncode == 0, done.stderr
-
-
-def test_script_constants_are_the_defaults():
-    defaults = script.DEFAULTS
-    assert (defaults.model_name, defaults.batch_size, defaults.seq_length, defaults.iterations) == (
-        script.MODEL_NAME,
-        script.BATCH_SIZE,
-        script.SEQ_LENGTH,
-        script.ITERATIONS,
-    )
-    assert defaults.strategy == Strategy(
-        rope=script.ENABLE_ROPE, swiglu=script.ENABLE_SWIGLU, rms_norm=script.ENABLE_RMS, flce=script.ENABLE_FLCE
-    )
-
-
-def test_without_flags_the_defaults_hold():
-    defaults = RunConfig(batch_size=3, dtype="fp16", memory_limit_gib=5.5, strategy=Strategy.only("rope"))
-    assert parse(defaults=defaults) == defaults
-
-
-@pytest.mark.parametrize("name", FLAGS)
-def test_flag_overrides_its_field_and_no_other(name):
-    option = OPTIONS[name]
-    value = another_value(option)
-    changed = parse(*arguments_for(option, value)).to_dict()
-    assert changed == RunConfig().to_dict() | {name: value}
-    assert type(changed[name]) is type(value)
-
-
-@pytest.mark.parametrize("flag", ["enable_rope", "enable_swiglu", "enable_rms", "enable_flce"])
-def test_kernel_flags_have_the_names_of_the_script_constants(flag):
-    kernel = {"enable_rms": "rms_norm"}.get(flag, flag.removeprefix("enable_"))
-    assert hasattr(script, flag.upper())
-    assert parse(f"--{flag}", 0).strategy == dataclasses.replace(Strategy(), **{kernel: False})
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--enable_rope", "2"],
-        ["--enable_rope", "True"],
-        ["--dtype", "int8"],
-        ["--batch_size", "2.5"],
-        ["--batch", "2"],  # an abbreviation would change its meaning when a flag is added
-        ["--no_such_flag"],
-    ],
-    ids=" ".join,
-)
-def test_mistyped_flag_ends_with_status_2(arguments, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse(*arguments)
-    assert stopped.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"batch_size": 0},
-        {"seq_length": 0},
-        {"iterations": 0},
-        {"iterations": -1},
-        {"warmup": -1},
-        {"seed": -1},
-        {"learning_rate": 0.0},
-        {"learning_rate": float("nan")},
-        {"memory_limit_gib": 0.0},
-        {"memory_limit_gib": float("nan")},
-        {"memory_limit_gib": float("inf")},
-        {"seq_length": 1},
-        {"seed": 2**64},
-        {"batch_size": 2**31},
-        {"learning_rate": float("inf")},
-    ],
-    ids=str,
-)
-def test_value_that_no_run_can_have_is_a_usage_error(fields):
-    (name,) = fields
-    with pytest.raises(UsageError, match=f"--{name}"):
-        RunConfig(**fields)
-
-
-def test_unknown_kernel_is_a_usage_error():
-    with pytest.raises(UsageError, match="rope"):
-        Strategy.only("ropes")
-
-
-PATH_PARTS = ["a", "runs", "tiny-llama", "meta-llama", "Llama-3.2-1B", "\u00fc x%2F", "\u00e9" * 30, "..", ".", "#1?"]
-
-
-def random_value(option, rng):
-    """A valid value for `option`, of the kinds that are hard to write into a file name."""
-    if option.dest == "model_name":
-        return "/".join(rng.choices(PATH_PARTS, k=rng.randint(1, 9)))
-    if option.choices:
-        return rng.choice(list(option.choices))
-    if isinstance(option.default, bool):
-        return rng.random() < 0.5
-    if isinstance(option.default, int):
-        return rng.choice([2, 11, 1000, 2**16])
-    if isinstance(option.default, str):
-        return rng.choice(["", "x"])
-    return rng.choice([1.0, 11.0, 0.1, 0.1000001, 0.1 + 0.2, 0.3, rng.random()])
-
-
-def random_config(rng):
-    """A config in which each field is at its default or drawn."""
-    return RunConfig.from_dict({name: random_value(OPTIONS[name], rng) for name in FLAGS if rng.random() < 0.6})
+def made(cls, values):
+    """The configuration with these values; there may be none."""
+    try:
+        return cls(**values)
+    except UsageError:
+        assume(False)
 
 
 def identity(config):
     """What a run name stands for."""
     values = {name: value for name, value in config.to_dict().items() if name not in NOT_IN_NAME}
-    return tuple((values | {"device": values["device"].replace("auto", "cuda")}).items())
+    return values | {"device": values["device"].replace("auto", "cuda")}
 
 
-def test_run_names_are_equal_exactly_if_the_runs_are(rng):
-    runs_by_name = {}
-    for _ in range(20_000):
-        config = random_config(rng)
-        assert runs_by_name.setdefault(config.run_name, identity(config)) == identity(config), config.run_name
-    assert len(runs_by_name) == len(set(runs_by_name.values()))
+@BOTH
+@given(data=st.data())
+def test_run_names_are_equal_exactly_if_the_runs_are(cls, data):
+    one = made(cls, data.draw(some_fields(cls)))
+    field = data.draw(st.sampled_from(dataclasses.fields(cls)))
+    changed = {field.name: data.draw(values_of(field))} | data.draw(st.just({}) | some_fields(cls))
+    other = made(cls, one.to_dict() | changed)
+    assert (one.run_name == other.run_name) == (identity(one) == identity(other))
+    assert len(one.run_name) < 200
+    assert set(one.run_name) <= set(string.ascii_letters + string.digits + "._+-%~")
+
+
+def test_close_values_have_names_of_their_own():
+    runs = [{"learning_rate": n} for n in NUMBERS] + [{"model_name": n} for n in MODELS]
+    runs += [{"model_name": "runs/x", "dtype": "fp32"}, {"model_name": "a", "attention": "eager"}]
+    runs += [{"model_name": "a_eager"}, {"memory_limit_gib": 11.0}, {"gpu_memory_gib": 11.0}]
+    assert len({RunConfig(**fields).run_name for fields in runs}) == len(runs)
+
+
+@BOTH
+@given(data=st.data())
+def test_configuration_survives_json(cls, data):
+    config = made(cls, data.draw(some_fields(cls)))
+    assert cls.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@BOTH
+@given(data=st.data())
+def test_every_flag_sets_its_field_and_no_other(cls, data):
+    values = {k: v for k, v in data.draw(some_fields(cls)).items() if k not in cls.without_flag | {"gpu_memory_gib"}}
+    if cls is RunConfig:
+        values["device"] = "cuda"  # otherwise the flags of a CPU's run are compared with this machine
+    words = []
+    for f in (f for f in dataclasses.fields(cls) if f.name in values):
+        names = [name for name in (*f.metadata["flags"], f.name) if cls is OffloadConfig or "liger" not in name]
+        flag, value = f"--{data.draw(st.sampled_from(names))}", values[f.name]
+        short = value is True and data.draw(st.booleans())
+        words.append(flag if short else f"{flag}={int(value) if isinstance(value, bool) else value}")
+    preset = PRESETS[values.get("preset", "original")] if cls is OffloadConfig else {}
+    expected = made(cls, preset | values | {"device": "cuda"})
+    try:
+        techniques.check(expected)
+    except UsageError:
+        assume(False)
+    assert command_line(None, cls(), {}, words).planned == expected
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("cls", "flag", "text", "field", "value"),
     [
-        ({"model_name": "org/model"}, {"model_name": "org--model"}),
-        ({"model_name": "runs/ckpt", "dtype": "fp32"}, {"model_name": "runs/ckpt_fp32"}),
+        (RunConfig, "enable_rope", "0", "rope", False),
+        (RunConfig, "enable_swiglu", "0", "swiglu", False),
+        (RunConfig, "enable_rms", "0", "rms_norm", False),
+        (RunConfig, "enable_flce", "0", "flce", False),
+        (OffloadConfig, "enable_liger_rope", "0", "rope", False),
+        (OffloadConfig, "enable_liger_swiglu", "0", "swiglu", False),
+        (OffloadConfig, "enable_liger_rms", "0", "rms_norm", False),
+        (OffloadConfig, "enable_liger_flce", "0", "flce", False),
+        (OffloadConfig, "per_device_train_batch_size", "3", "batch_size", 3),
+        (OffloadConfig, "max_seq_len", "32", "seq_length", 32),
+        (OffloadConfig, "num_train_iterations", "7", "iterations", 7),
     ],
-    ids=["separator", "tag"],
 )
-def test_run_name_tells_a_models_name_from_its_own_punctuation(one, other):
-    assert RunConfig(**one).run_name != RunConfig(**other).run_name
+def test_original_flags_have_their_names(cls, flag, text, field, value):
+    planned = command_line(None, cls(), {}, [f"--{flag}", text, "--device", "cuda"]).planned
+    assert planned == dataclasses.replace(cls(), **{field: value, "device": "cuda"})
 
 
-def test_run_name_starts_with_the_originals():
+def test_committed_records_have_the_names_of_their_runs():
+    records = [load(path) for path in record_files([ROOT / "doc/data"])]
+    assert len(records) > 600
+    assert {record.script for record in records} == set(CONFIGS)
+    for record in records:
+        assert record.run.run_name == record.run_name
+
+
+def test_run_name_begins_with_the_originals():
     assert RunConfig().run_name == "bs8_seq1024_ropeTrue_siluTrue_rmsTrue_flceTrue"
-    others = RunConfig(strategy=Strategy.only("swiglu"), batch_size=2, dtype="fp32", pretrained=True)
+    others = RunConfig(**kernels_only("swiglu"), batch_size=2, dtype="fp32", pretrained=True)
     assert others.run_name == "bs2_seq1024_ropeFalse_siluTrue_rmsFalse_flceFalse_fp32_pretrained1"
+    offloaded = OffloadConfig(batch_size=2, gradient_accumulation_steps=3, world_size=2, flce=False, learning_rate=3e-4)
+    assert offloaded.run_name == "bs12_seq1024_liger_rope1_silu1_rms1_flce0_accum3_lr0.0003_gpus2"
+    fast = OffloadConfig(preset="fast", **PRESETS["fast"] | {"prefetch_layers": 2})
+    assert fast.run_name == "bs4_seq1024_liger_rope1_silu1_rms1_flce1_fast_prefetch2"
 
 
-def test_run_name_is_one_file_name_with_nothing_to_quote(rng):
-    for _ in range(2_000):
-        assert set(random_config(rng).run_name.replace("%", "")) <= set(string.ascii_letters + string.digits + "._+-")
+def test_whole_number_has_one_name_whichever_way_it_is_written():
+    for value in (10**6, 3 * 10**9):
+        assert OffloadConfig(sub_group_size=value).run_name == OffloadConfig(sub_group_size=float(value)).run_name
 
 
-def test_run_name_is_short_however_long_the_path_of_a_local_folder():
-    config = RunConfig(model_name="/home/" + "x" * 5000, dtype="fp32", gradient_checkpointing=False, seed=12345)
-    assert len(config.run_name) < 200
-
-
-def test_run_name_does_not_depend_on_whether_the_gpu_was_asked_for_or_found():
-    assert RunConfig(device="auto").run_name == RunConfig(device="cuda").run_name != RunConfig(device="cpu").run_name
-
-
-def test_config_survives_json(rng):
-    for _ in range(200):
-        config = random_config(rng)
-        assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-def test_config_of_another_version_can_be_read():
-    values = RunConfig(batch_size=3).to_dict() | {"field_of_the_future": 1}
-    del values["attention"]
-    assert RunConfig.from_dict(values) == RunConfig(batch_size=3)
-
-
-def test_files_of_a_run_share_its_name():
+def test_files_of_a_run_share_its_name_and_are_ignored_by_git():
     config = RunConfig(result_dir="r", snapshot_dir="s", log_dir="l")
     name = config.run_name
     files = config.record_file, config.snapshot_file, config.log_folder, config.trace_file.parent
     assert [str(path) for path in files] == [f"r/{name}.json", f"s/{name}.pickle", f"l/{name}", f"l/{name}"]
-
-
-def test_results_of_a_run_are_git_ignored():
     ignored = (ROOT / ".gitignore").read_text().split()
     assert {f"/{getattr(RunConfig(), name)}/" for name in ("result_dir", "snapshot_dir", "log_dir")} <= set(ignored)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "text"),
+    [
+        (RunConfig, {"batch_size": 0}, "--batch_size must be from 1"),
+        (RunConfig, {"batch_size": 2.5}, "--batch_size must be int, got '2.5'"),
+        (RunConfig, {"batch_size": 2**31, "seq_length": 4}, "--batch_size 2147483648 x --seq_length 4"),
+        (RunConfig, {"seq_length": 1}, "--seq_length"),
+        (RunConfig, {"dry_run": 1}, "--dry_run must be bool"),
+        (RunConfig, {"seed": 2**63}, "--seed"),
+        (RunConfig, {"dtype": "int8"}, "--dtype must be one of bf16, fp16, fp32, got 'int8'"),
+        (RunConfig, {"dtype": None}, "--dtype must be str"),
+        (RunConfig, {"learning_rate": 0.0}, "--learning_rate"),
+        (RunConfig, {"learning_rate": float("nan")}, "--learning_rate"),
+        (RunConfig, {"memory_limit_gib": float("inf")}, "--memory_limit_gib"),
+        (OffloadConfig, {"seq_length": 1}, "--max_seq_len"),
+        (OffloadConfig, {"optimizer": "sgd"}, "--optimizer must be one of deepspeed_cpu_adam"),
+        (OffloadConfig, {"optimizer": "overlapped_cpu_adam"}, "has no fp16"),
+        (OffloadConfig, {"dtype": "fp32", "optimizer_states": "bf16"}, "--optimizer_states bf16 goes with"),
+        (OffloadConfig, {"ds_override": "{"}, "--ds_override is not JSON"),
+        (OffloadConfig, {"ds_override": "[" * 10**5}, "--ds_override is not JSON"),
+        (OffloadConfig, {"ds_override": "[]"}, "--ds_override must be a JSON object"),
+    ],
+)
+def test_value_that_no_run_can_have_is_a_usage_error(cls, fields, text):
+    with pytest.raises(UsageError) as told:
+        cls(**fields)
+    assert text in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "title"),
+    [
+        (HUGGING_FACE, "No Liger Kernel"),
+        (kernels_only("rope", "swiglu", "rms_norm"), "Liger Kernel w/o FLCE"),
+        (ALL_KERNELS, "All Liger Kernel"),
+        (kernels_only("flce", "rope"), "rope + flce only"),
+        (ALL_KERNELS | {"attention": "eager", "gradient_checkpointing": False}, "All Liger Kernel"),
+    ],
+)
+def test_title_names_the_kernels_that_are_on(settings, title):
+    config = RunConfig(**settings)
+    assert config.title == title
+    assert config.kernels == tuple(name for name in ("rope", "swiglu", "rms_norm", "flce") if settings[name])
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"flce": False, "pieces": 2}, "--pieces does nothing without --enable_flce 1"),
+        ({"flce": True, "pieces": 9}, "nine is too many"),
+        ({"flce": False, "pieces": 0}, None),
+        ({"flce": True, "pieces": 2}, None),
+    ],
+    ids=str,
+)
+def test_technique_that_would_do_nothing_or_cannot_be_is_a_usage_error(monkeypatch, values, text):
+    pieces = Technique(
+        name="pieces",
+        default=0,
+        help="a made-up one",
+        needs=("flce",),
+        refusal=lambda config: "nine is too many" if config.pieces == 9 else None,
+        compared=True,
+    )
+    monkeypatch.setitem(TECHNIQUES, "pieces", pieces)
+
+    class Config(RunConfig):
+        pieces = values["pieces"]
+
+    config = Config(flce=values["flce"])
+    if text is None:
+        techniques.check(config)
+        assert config.title.endswith(", pieces 2") == (values["pieces"] == 2)
+    else:
+        with pytest.raises(UsageError, match=text):
+            techniques.check(config)

@@ -1,0 +1,271 @@
+"""Building models: families, shapes and counts are right, each kernel reaches its part, and off means off."""
+
+import dataclasses
+import itertools
+import math
+import sys
+
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config
+
+import all_gpu_liger_kernel as script
+from src.config import RunConfig
+from src.experiment import random_batches_of_rank
+from src.families import FAMILIES, SHAPES
+from src.measure.devices import HostRuntime
+from src.model_utils import (
+    TORCH_DTYPES,
+    apply_kernels,
+    build_model,
+    flops_per_step,
+    implementations,
+    load_model_config,
+    parameter_counts,
+    patched,
+)
+from src.offload_config import OffloadConfig
+from src.techniques import KERNEL_NAMES, kernels_only
+from src.techniques.optimizers import OPTIMIZERS
+from src.utils import UsageError
+from tests.helpers import (
+    ALL_KERNELS,
+    HUGGING_FACE,
+    strategy_id,
+    tiny_config,
+    write_llama_folder,
+)
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+ALL_SETS = [kernels_only(*names) for n in range(5) for names in itertools.combinations(KERNEL_NAMES, n)]
+ONE_OF_EACH_FAMILY = [next(iter(family.shapes)) for family in FAMILIES.values()]
+# Published on the models' pages.
+PARAMETERS = {
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+}
+
+
+def small_folder(folder, family, **shape):
+    """A local folder with the config.json of a small model of a family."""
+    shape = (
+        dict(next(iter(family.shapes.values()))) | {"hidden_size": 48, "intermediate_size": 88, "head_dim": 12} | shape
+    )
+    sizes = {"vocab_size": 199, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    getattr(transformers, family.config_class)(**shape | sizes).save_pretrained(folder)
+    return str(folder)
+
+
+def replaceable(family):
+    """What Liger may replace in Hugging Face's code."""
+    module = sys.modules[family.module]
+    return vars(module) | {"forward": getattr(module, family.causal_lm).forward} | vars(torch.nn.functional)
+
+
+@pytest.mark.parametrize("kernels", ALL_SETS, ids=strategy_id)
+@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+def test_kernels_replace_their_own_parts_and_patched_undoes_it(name, kernels):
+    family = SHAPES[name][0]
+    before = replaceable(family)
+    with patched():
+        model = build_model(tiny_config(model_name=name, **kernels), META)
+        ran = implementations(model)
+        for kernel in KERNEL_NAMES:
+            assert ran[kernel].startswith("liger_kernel." if kernels[kernel] else "transformers."), kernel
+        assert ran["cross_entropy"] == "torch.nn.functional.cross_entropy"
+        assert ran["decoder_layer"] == f"{family.module}.{family.decoder_layer}"
+        # What `implementations` reads off one module holds for all.
+        classes = {type(module) for module in model.modules()}
+        for kernel, part in {"swiglu": "MLP", "rms_norm": "Norm"}.items():
+            homes = {c.__module__.split(".")[0] for c in classes if c.__name__.endswith(part)}
+            assert homes == {"liger_kernel" if kernels[kernel] else "transformers"}
+        assert (replaceable(family) == before) == (kernels == HUGGING_FACE)
+    assert replaceable(family) == before
+
+
+def test_without_kernels_it_is_hugging_faces_code_and_liger_is_not_even_imported(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("liger_kernel")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)  # importing it is an error
+    for family in FAMILIES.values():
+        code, forward = sys.modules[family.module], getattr(sys.modules[family.module], family.causal_lm).forward
+        model = build_model(tiny_config(model_name=next(iter(family.shapes))), META)
+        assert type(model) is getattr(code, family.causal_lm)
+        assert {type(layer) for layer in model.model.layers} == {getattr(code, family.decoder_layer)}
+        for module in model.modules():
+            assert type(module) is getattr(code, type(module).__name__, type(module))
+            assert "liger" not in f"{type(module).__module__} {type(module).forward.__module__}"
+        assert type(model).forward is forward
+    with pytest.raises(UsageError, match=r"pip install -r requirements.txt, or switch them off: --enable_rope 0 "):
+        build_model(tiny_config(rope=True), META)
+
+
+def test_kernel_that_liger_lacks_for_a_family_is_a_usage_error():
+    other = dataclasses.replace(next(iter(FAMILIES.values())), liger_switches={"flce": "fused_linear_cross_entropy"})
+    with pytest.raises(UsageError, match="no rope kernel for llama models: --enable_rope 0"):
+        apply_kernels(RunConfig(), other)
+    apply_kernels(RunConfig(**kernels_only("flce")), other)
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if not name.startswith("tiny-")])
+def test_shipped_shape_has_the_published_parameter_count(name):
+    config = RunConfig(model_name=f"{name}-Instruct", **HUGGING_FACE)
+    model = build_model(config, META)
+    total = sum(p.numel() for p in model.parameters())
+    assert total == PARAMETERS[name]
+    layer, rest = parameter_counts(load_model_config(config))
+    assert layer == sum(p.numel() for p in model.model.layers[-1].parameters())
+    assert rest + layer * len(model.model.layers) == total
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied-head", "own-head"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_flops_are_what_a_counter_counts_less_the_masked_half_of_attention(rng, tmp_path, family, tied):
+    batch, length, pieces = rng.randint(1, 4), rng.randint(8, 40), rng.randint(1, 2)
+    config = tiny_config(
+        model_name=small_folder(tmp_path, family, tie_word_embeddings=tied),
+        attention="eager",  # two matrix products, of which the counter counts the whole S x S
+        gradient_checkpointing=False,
+        batch_size=batch,
+        seq_length=length,
+        gradient_accumulation_steps=pieces,
+    )
+    experiment = script.build_experiment(config, HostRuntime())
+    with FlopCounterMode(display=False) as counter:
+        experiment.step()
+    heads, head_dim, layers = 4, 12, 3
+    masked = 3 * layers * 2 * batch * heads * length**2 * head_dim  # half of 2 products, 3 times for backward
+    angles = 2 * length * head_dim // 2  # of the rotary embedding, an outer product
+    assert flops_per_step(experiment.model, config) == counter.get_total_flops() - pieces * (masked + angles)
+
+
+def test_flops_of_the_study_are_those_counted_by_hand():
+    config = RunConfig(**HUGGING_FACE)
+    attention = 2048 * 2048 * 2 + 2048 * 512 * 2
+    products = 16 * (attention + 3 * 2048 * 8192) + 2048 * 128256  # the head is the embedding, too
+    tokens = 8 * 1024
+    causal = 16 * 3 * 2 * 2 * tokens * 1024 * 2048 // 2
+    assert flops_per_step(build_model(config, META), config) == 6 * products * tokens + causal
+
+
+def losses(**fields):
+    step = script.build_experiment(tiny_config(**fields), HostRuntime()).step
+    return [step().item() for _ in range(2)]
+
+
+def test_seed_is_the_training_and_the_first_loss_is_that_of_guessing():
+    first = losses(seed=1, seq_length=128)
+    assert first == losses(seed=1, seq_length=128) != losses(seed=2, seq_length=128)
+    assert first[0] == pytest.approx(math.log(4096), abs=0.3)
+
+
+def test_micro_batches_train_as_one_batch_of_their_size():
+    def trained(**sizes):
+        experiment = script.build_experiment(tiny_config(**sizes, seed=3), HostRuntime())
+        gradients = []
+        loss = experiment.step(lambda phase: gradients.extend(experiment.gradients() if phase == "optimizer" else ()))
+        return torch.cat([loss.reshape(1), *(g.flatten() for g in gradients)])
+
+    torch.testing.assert_close(trained(batch_size=2, gradient_accumulation_steps=2), trained(batch_size=4))
+
+
+def test_ranks_share_one_batch_whichever_way_it_is_cut(monkeypatch):
+    def tokens(ranks, pieces):
+        config = OffloadConfig(
+            batch_size=12 // ranks // pieces, gradient_accumulation_steps=pieces, world_size=ranks, seq_length=4
+        )
+        found = []
+        for rank in range(ranks):
+            monkeypatch.setenv("RANK", str(rank))
+            torch.manual_seed(rank)
+            found += [b["input_ids"] for b in random_batches_of_rank(99, config, CPU)]
+        assert len(found) == ranks * pieces
+        return torch.cat(found)
+
+    whole = tokens(1, 1)
+    assert whole.shape == (12, 4)
+    assert whole.unique().numel() > 20
+    for ranks, pieces in ((2, 1), (1, 3), (2, 3)):
+        assert torch.equal(tokens(ranks, pieces), whole)
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_weights_gradients_and_optimizer_state_have_the_dtype_asked_for(dtype):
+    experiment = script.build_experiment(tiny_config(dtype=dtype), HostRuntime())
+    gradients = []
+    experiment.step(lambda phase: gradients.extend(experiment.gradients() if phase == "optimizer" else []))
+    state = experiment.resident()["optimizer_state"]
+    model = list(experiment.model.parameters())
+    moments = [value for value in state if value.numel() > 1]
+    assert (len(gradients), len(moments)) == (len(model), 2 * len(model))
+    assert {tensor.dtype for tensor in model + gradients + moments} == {TORCH_DTYPES[dtype]}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizer_lowers_the_loss(optimizer):
+    config = tiny_config(optimizer=optimizer, learning_rate=0.05 if optimizer == "sgd" else 1e-3)
+    experiment = script.build_experiment(config, HostRuntime())
+    first, *_, last = (experiment.step().item() for _ in range(4))
+    assert last < first
+    assert type(experiment.optimizer).__name__ == OPTIMIZERS[optimizer][0]
+    assert experiment.optimizer.defaults["lr"] == config.learning_rate
+    assert {name: experiment.optimizer.defaults[name] for name in OPTIMIZERS[optimizer][1]} == OPTIMIZERS[optimizer][1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_recomputes_every_layer(checkpointing):
+    experiment = script.build_experiment(tiny_config(gradient_checkpointing=checkpointing), HostRuntime())
+    ran = []
+    for i, layer in enumerate(experiment.model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    experiment.step()
+    assert sorted(ran) == ([0, 0, 1, 1] if checkpointing else [0, 1])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_local_folder_gives_the_shape_and_with_pretrained_the_weights(tmp_path, dtype):
+    folder = write_llama_folder(tmp_path, num_hidden_layers=3, vocab_size=77)
+    saved = build_model(tiny_config(model_name=folder, seed=1), CPU)
+    assert (len(saved.model.layers), saved.lm_head.out_features) == (3, 77)
+    saved.save_pretrained(folder)
+    loaded = build_model(tiny_config(model_name=folder, pretrained=True, dtype=dtype, **ALL_KERNELS), CPU)
+    assert loaded.training
+    for (name, expected), (_, actual) in zip(saved.named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(actual, expected.to(TORCH_DTYPES[dtype])), name
+
+
+@pytest.mark.parametrize(
+    ("config_json", "text"),
+    [
+        (None, "cannot load"),
+        ("", "cannot load"),
+        ("{}", "cannot load"),
+        ('{"model_type": "llama", "hidden_size": 50}', "cannot load"),
+        (GPT2Config(n_embd=8, n_head=2).to_json_string(), "is a 'gpt2' model; known families: llama"),
+    ],
+    ids=["missing", "empty", "no-model-type", "impossible-shape", "other-family"],
+)
+def test_folder_without_a_usable_config_is_a_usage_error(tmp_path, config_json, text):
+    if config_json is not None:
+        (tmp_path / "config.json").write_text(config_json)
+    with pytest.raises(UsageError, match=text):
+        build_model(tiny_config(model_name=str(tmp_path)), CPU)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "gpt2", "meta-llama/Llama-3.2-1B-Instruct-Instruct"])
+def test_model_that_cannot_be_had_is_a_usage_error_that_says_what_can(name):
+    with pytest.raises(UsageError, match=r"unknown model .* meta-llama/"):
+        build_model(tiny_config(model_name=name), META)
+    with pytest.raises(UsageError, match=r"cannot load .* 'hf auth login'"):
+        build_model(tiny_config(model_name=name, pretrained=True), META)
+
+
+def test_sequence_may_be_as_long_as_the_model_allows_and_no_longer(tmp_path):
+    folder = write_llama_folder(tmp_path, max_position_embeddings=32)
+    build_model(tiny_config(model_name=folder, seq_length=32), META)
+    with pytest.raises(UsageError, match="32 positions"):
+        build_model(tiny_config(model_name=folder, seq_length=33), META)
