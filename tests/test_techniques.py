@@ -11,7 +11,6 @@ from src import techniques
 from src.check import interpreter, kernels
 from src.config import RunConfig
 from src.families import shipped
-from src.model_utils import load_model_config, parameter_counts
 from src.offload_config import OffloadConfig
 from src.predict.dry_run import predict
 from src.utils import UsageError
@@ -80,9 +79,6 @@ def test_checkpoint_every_computes_the_same() -> None:
 
 
 def test_qwen3_is_a_family() -> None:
-    """Every kernel that Liger has for it computes what Hugging Face's code does, and its weights are counted right."""
+    """Every kernel that Liger has for it computes what Hugging Face's code does."""
     config = dataclasses.replace(TINY, model_name="tiny-qwen3")
     assert largest_difference(config) < kernels.TOLERANCE
-    shape = load_model_config(RunConfig(model_name="Qwen/Qwen3-0.6B"))
-    layer, rest = parameter_counts(shape)
-    assert layer * shape.num_hidden_layers + rest == 596_049_920  # as the model's card on the Hub says: 0.6B
