@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from src import floor, interpreter, ranks, records
+from src import floor, interpreter, records
 from src.attribution import record_breakdown
 from src.cli import parse_config, run
 from src.config import OffloadConfig
@@ -40,6 +40,7 @@ from src.ds_utils import (
 )
 from src.measure import Mark, measure, measure_phases, no_mark
 from src.model_utils import flops_per_step, implementations
+from src.offload import ranks
 from src.profiler import trace_step, write_tensorboard
 from src.random_data import micro_batches, set_seed
 from src.recording import add_measurement, add_phases, new_record, recording
@@ -88,6 +89,7 @@ def build_experiment(config: OffloadConfig, runtime: Runtime, build: Build = bui
 
 def main(config: OffloadConfig, build: Build = build_engine) -> int:
     """Run the experiment `config` describes, with the engine that `build` makes or keeps; returns the exit status."""
+    ranks.check_environment()
     config = dataclasses.replace(config, world_size=ranks.world_size())
     on_gpu = config.device == "cuda"
     if not on_gpu and (config.dtype == "fp16" or config.memory_limit_gib is not None):
@@ -144,6 +146,4 @@ def main_of_sweep() -> Callable[[OffloadConfig], int]:
 
 if __name__ == "__main__":
     config = parse_config(__doc__, DEFAULTS, cpu_defaults=CPU_DEFAULTS)
-    with ranks.watched():
-        status = run(main, config)
-    sys.exit(status)
+    sys.exit(run(main, config))

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from src import interpreter, ranks
+from src import interpreter
 from src.config import PRESETS, OffloadConfig, RunConfig, make_parser, to_config
+from src.offload import ranks
 from src.runtime import resolve_device
-from src.utils import ExitStatus, UsageError, error_line
+from src.utils import ExitStatus, UsageError
 
 
 def parse_config(
@@ -73,7 +74,7 @@ def run(main: Callable[[RunConfig], int], config: RunConfig) -> int:
     try:
         return main(config)
     except KeyboardInterrupt:
-        error_line("interrupted")
+        ranks.tell("interrupted")
         return ExitStatus.INTERRUPTED
     except (Exception, SystemExit) as error:  # whoever leaves in the middle has not done what was asked
         if config.debug:
@@ -81,9 +82,9 @@ def run(main: Callable[[RunConfig], int], config: RunConfig) -> int:
         if isinstance(error, UsageError):
             return _refused(error)
         if _comes_from_another_rank(error):
-            ranks.give_way()
+            ranks.give_way(waited=error)
         hint = "" if config.debug else " (--debug shows where)"
-        error_line(f"{ranks.name()}{type(error).__name__}: {error}{hint}")
+        ranks.tell(f"{ranks.name()}{type(error).__name__}: {error}{hint}")
         return ExitStatus.FAILED
 
 
@@ -91,7 +92,7 @@ def _refused(error: UsageError) -> int:
     """The exit status of a run that cannot be, for a reason that other ranks find as well."""
     if not ranks.is_first_here():
         ranks.give_way()
-    error_line(error)
+    ranks.tell(error)
     return ExitStatus.BAD_ARGUMENTS
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 from urllib.parse import quote
 
-from src import ranks
+from src.offload import ranks
 from src.utils import UsageError
 
 DTYPES = ("bf16", "fp16", "fp32")

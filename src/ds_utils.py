@@ -21,15 +21,16 @@ import torch
 from transformers import LlamaConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from src import ranks, records
+from src import records
 from src.attribution import Attribution
 from src.config import OffloadConfig
 from src.live_memory import tensors_in
 from src.measure import Measurement, PhasePeaks, Step
 from src.model_utils import TORCH_DTYPES, build_model, load_model_config, parameter_counts
+from src.offload import join, ranks
 from src.optimizer_utils import build_offload_optimizer, build_scheduler
 from src.snapshot import GATHER, REDUCE
-from src.utils import GIB, UsageError, error_line, is_rank0, local_ranks, next_power_of_two, print_rank0
+from src.utils import GIB, UsageError, is_rank0, local_ranks, next_power_of_two, print_rank0
 
 
 def zero3_config(config: OffloadConfig, model_config: LlamaConfig) -> dict[str, Any]:
@@ -246,6 +247,7 @@ def init_distributed(device: str) -> torch.device:
         if processes > gpus:
             raise UsageError(f"{processes} processes on this machine, but {gpus} GPUs: take NUM_GPUS={gpus}")
         torch.cuda.set_device(local_rank)
+    join.meet()
     # DeepSpeed's own collectives for CPUs leave 66 MiB a rank in /dev/shm for good.
     backend = importlib.import_module("deepspeed.comm.torch")
     own_collectives = mock.patch.object(backend, "build_shm_op", return_value=None)
@@ -448,4 +450,4 @@ def report_of_ranks(record: dict[str, Any], config: OffloadConfig) -> None:
     print_rank0(records.report(record, config))
     if record["status"] == "oom" and not is_rank0():
         ranks.give_way()
-        error_line(f"{ranks.name()}out of GPU memory, see {config.record_file}")
+        ranks.tell(f"{ranks.name()}out of GPU memory, see {config.record_file}")

@@ -12,6 +12,7 @@ from src import runtime
 from src.allocator import SimulatedOutOfMemory
 from src.config import RunConfig, config_of
 from src.measure import Measurement, PhasePeaks
+from src.offload import ranks
 from src.records import EMPTY, first_line, load, processes, save, summary
 from src.snapshot import Timeline
 from src.utils import UsageError, check_writable, median_and_iqr, print_rank0
@@ -85,6 +86,7 @@ def recording(record: dict[str, Any], config: RunConfig, *, keeps: bool = True) 
     """
     if keeps:
         check_folders(config)
+        ranks.leave_draft(record, config.record_file)
     watch, started = OutOfMemoryWatch(), time.time()
     if record["mode"] == "measured" and torch.cuda.is_available():
         watch.attach()

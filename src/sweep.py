@@ -37,7 +37,7 @@ from tqdm import tqdm
 from src import records, study
 from src.cli import parse_config, run
 from src.config import STRATEGIES, RunConfig, Strategy, config_of
-from src.ranks import die_with_parent, ending_of
+from src.offload.ranks import die_with_parent, ending_of
 from src.recording import check_folders
 from src.utils import GIB, ExitStatus, UsageError, error_line
 
