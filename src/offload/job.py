@@ -35,10 +35,10 @@ class Job:
         except (OSError, ValueError):
             return None
 
-    def age_of(self, name: str, now: float) -> float | None:
-        """Seconds since the note was left; None if there is none."""
+    def modified(self, name: str) -> float | None:
+        """When the note was left, as `time.time()` has it; None if there is none."""
         with contextlib.suppress(OSError):
-            return now - (self.folder / name).stat().st_mtime
+            return (self.folder / name).stat().st_mtime
         return None
 
     def claim(self) -> bool:

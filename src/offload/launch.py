@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,11 +156,13 @@ class _Supervisor:
         fallen = [rank for rank in gone if told[rank] is None or self._codes.get(gone[rank], 0)]
         if fallen:
             return self._of_fallen(fallen[0], gone[fallen[0]], [rank for rank in begun if rank not in gone])
-        if gone and len(gone) < len(begun):
-            first = min(self._job.age_of(f"rank{rank}.status", time.time()) or 0 for rank in gone)
-            if first > _LAST_S:
-                late = next(rank for rank in begun if rank not in gone)
-                return Cause(f"rank {late}: did not end within {_LAST_S} s of the others", kind="TimedOut")
+        return self._late(begun.keys() - gone.keys(), gone) if gone else None
+
+    def _late(self, left: Set[int], ended: Iterable[int]) -> Cause | None:
+        """Of a rank that does not come to its end when others have."""
+        moments = [self._job.modified(f"rank{rank}.status") or time.time() for rank in ended]
+        if left and time.time() - max(moments) > _LAST_S:
+            return Cause(f"rank {min(left)}: did not end within {_LAST_S} s of the others", kind="TimedOut")
         return None
 
     def _of_fallen(self, rank: int, pid: int, others: Sequence[int]) -> Cause:
@@ -187,19 +189,18 @@ class _Supervisor:
         for pid, since in self._stopped.items():
             if now - since > _STOPPED_S:
                 ranks_of = {note["pid"]: rank for rank, note in self._job.ranks().items()}
-                who = f"rank {ranks_of[pid]}" if pid in ranks_of else f"process {pid} of DeepSpeed's launcher"
+                who = f"rank {ranks_of[pid]}" if pid in ranks_of else f"process {pid} of the job"
                 return Cause(f"{who}: stopped by a signal (SIGSTOP) for {_STOPPED_S} s", kind="TimedOut")
         return None
 
     def _waiting(self) -> Cause | None:
         """Of a rank that did not come to a collective in which others waited until it failed."""
         begun = self._job.ranks()
-        ages = {rank: self._job.age_of(f"rank{rank}.waited", time.time()) for rank in begun}
-        waited = [rank for rank, age in ages.items() if age is not None]
-        missing = [rank for rank, age in ages.items() if age is None]
-        if not missing or not any(ages[rank] > _LATE_S for rank in waited):
+        waited = {rank: since for rank in begun if (since := self._job.modified(f"rank{rank}.waited"))}
+        missing = [rank for rank in begun if rank not in waited]
+        if not waited or not missing or time.time() - min(waited.values()) < _LATE_S:
             return None
-        text = f"rank {missing[0]}: did not come to where rank {waited[0]} waited for it"
+        text = f"rank {missing[0]}: did not come to where rank {min(waited)} waited for it"
         return Cause(text + self._places(missing), kind="TimedOut")
 
     def _places(self, of: Sequence[int]) -> str:

@@ -18,10 +18,13 @@ import time
 import traceback
 
 from src.offload import job, ranks
+from src.offload.kept_record import keep
 from src.utils import ExitStatus, UsageError, error_line
 
 _BY_DEEPSPEED = "CROSS_RANK"  # a variable that only DeepSpeed's launcher sets
 _LOOK_S = 1  # between looks, where the system cannot wait for processes that are nobody's children
+
+_KEEPING_S = 5
 
 
 def main() -> int:
@@ -107,14 +110,21 @@ def _wait_for(pid: int | None) -> None:
 
 def _end_job(here: job.Job) -> None:
     """The supervisor was killed: what it started is a process group, launchers, stopped ranks and all."""
-    group = here.read("group")
+
+    def kill() -> None:
+        job.kill_below(os.getpid())
+        if here_group == os.getpgrp():
+            os.killpg(here_group, signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    here_group, started = here.read("group"), here.modified("supervisor")
+    threading.Timer(_KEEPING_S, kill).start()  # whatever becomes of the rank that keeps the record
     if here.claim():
-        error_line("the command that started this job was killed; its ranks are ended")
+        message = "the command that started this job was killed; its ranks are ended"
+        error_line(message)
+        keep(here, "Killed", message, started)
         shutil.rmtree(here.folder, ignore_errors=True)
-    job.kill_below(os.getpid())
-    if group == os.getpgrp():
-        os.killpg(group, signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
+        kill()
 
 
 def _end_here(_: None) -> None:

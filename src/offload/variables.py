@@ -13,45 +13,16 @@ from pathlib import Path
 
 from src.utils import ExitStatus, error_line
 
+
+def _words(text: str) -> set[str]:
+    return set(text.split())
+
+
 # In names that others use as well, such as NODE_NAME of batch systems.
-_ANYBODYS = set(["NAME", "NODE", "MASTER", "ADDR", "PORT", "RANK", "HOSTFILE", "NUM"])
+_ANYBODYS = _words("NAME NODE MASTER ADDR PORT RANK HOSTFILE NUM")
 # What people call the same things, and flags that have no variable.
-_ALSO = set(
-    [
-        "LEN",
-        "LR",
-        "GPU",
-        "GRAD",
-        "ACCUM",
-        "CLIP",
-        "ITERS",
-        "ITERATION",
-        "MICRO",
-        "GLOBAL",
-        "NORM",
-        "RMSNORM",
-        "WARMUP",
-        "DTYPE",
-        "OPTIMIZER",
-    ]
-)
-_ALONE = set(
-    [
-        "BATCH",
-        "DTYPE",
-        "FLCE",
-        "GPUS",
-        "ITERATIONS",
-        "ITERS",
-        "LR",
-        "MODEL",
-        "OPTIMIZER",
-        "ROPE",
-        "STEPS",
-        "SWIGLU",
-        "WARMUP",
-    ]
-)
+_ALSO = _words("LEN LR GPU GRAD ACCUM CLIP ITERS ITERATION MICRO GLOBAL NORM RMSNORM WARMUP DTYPE OPTIMIZER")
+_ALONE = _words("BATCH DTYPE FLCE GPUS ITERATIONS ITERS LR MODEL OPTIMIZER ROPE STEPS SWIGLU WARMUP")
 _ALIKE = 0.9  # NUM_GPU is a slip of the pen, NUM_CPUS (0.88) another variable
 
 
