@@ -30,6 +30,7 @@ python -m src.offload.variables run_ds.sh || exit
 [ -z "$MASTER_PORT" ] || { is_count "$MASTER_PORT" && [ "$MASTER_PORT" -lt 65536 ]; } ||
     refuse "MASTER_PORT must be a port's number, got '$MASTER_PORT'"
 [ -z "$MASTER_ADDR" ] || is_host "$MASTER_ADDR" || refuse "MASTER_ADDR must be a machine's name, got '$MASTER_ADDR'"
+[[ "${DS_ACCELERATOR:-cpu}" =~ ^(cpu|cuda)$ ]] || refuse "DS_ACCELERATOR must be cpu, cuda or unset, got '$DS_ACCELERATOR'"
 [ -z "$NUM_GPUS" ] || is_count "$NUM_GPUS" || refuse "NUM_GPUS must be a number of GPUs, got '$NUM_GPUS'"
 [ -n "$HOSTFILE" ] || [ -z "$NODE_RANK" ] || refuse "NODE_RANK counts the lines of a HOSTFILE: set that, too"
 [ -n "$HOSTFILE$NUM_GPUS" ] || NUM_GPUS=1

@@ -1,79 +1,141 @@
-"""Several ranks: what each says when it ends, that nothing of it stays behind, and who speaks if all fail alike."""
+"""Several ranks: however a job ends, one line says why, nothing of it stays behind, and its record is kept.
 
-import math
+Most jobs here are made of ranks without torch, and DeepSpeed's launchers are stood in for: they start in a moment.
+"""
+
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from src import ranks, records, runtime, sweep
+from src import records
 from src.cli import parse_config, run
 from src.config import OffloadConfig
 from src.utils import UsageError
-from tests.helpers import ROOT, assert_one_error_line, run_python
-from tests.test_sweep import (
-    FakeScript,
-    Program,
-    be_killed,
-    finish,
-    hang,
-    is_alive,
-    leave_at_once,
-    run_out_of_memory,
-    wait_until,
-)
+from tests.helpers import ROOT, assert_one_error_line
+from tests.made_up import NONE, failed
 
-# A rank without torch: it starts in a moment. This process is its launcher.
-PROGRAM = """
-import os, signal, subprocess, sys, time
+# A rank: it comes to where every rank has come, and does what a test says. `lost` is where it is hung up.
+RANK = """
+import os, signal, sys, time
 from pathlib import Path
-from src import ranks
-ranks._NEXT_S = {next_s}
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in what runs in its background
-with ranks.watched():
-    Path("pid").write_text(str(os.getpid()))
-    status = 0
-    {code}
-sys.exit(status)
+from src.offload import ranks
+me = ranks.rank()
+def lost(): time.sleep(600)
+if me == 0:
+    import json
+    ranks.leave_draft(json.loads(Path("made_up.json").read_text()), Path("record.json"))
+Path(f"{{me}}.new").write_text(str(os.getpid()))
+Path(f"{{me}}.new").rename(f"pid{{me}}")
+while not (Path("pid0").exists() and Path("pid1").exists()): time.sleep(0.02)
+{code}
 """
-SLEEP = "time.sleep(600)"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}
+# The supervisor, which is told to be less patient.
+SUPERVISOR = """
+import sys
+from src.offload import launch
+launch._STOPPED_S = 1
+sys.exit(launch.main(sys.argv[1:]))
+"""
+FLAGS = ["--num_gpus", "2", "--module", "src.offload.rank"]
+LIMIT_S = 120  # for what takes seconds, on a machine that does much else
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+class Started:
+    """A job that was started, in `folder`."""
+
+    def __init__(self, folder, words, environment):
+        self.mark, self.folder = uuid.uuid4().hex, folder
+        # In its own session, so that no shell's signals come to it; SIGINT is not ignored there.
+        self.process = subprocess.Popen(
+            words,
+            env=environment | {"RANKS_TEST_JOB": self.mark},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def left(self):
+        """Processes of this job that have not ended."""
+        found = psutil.process_iter(["environ", "status"])
+        mine = [process for process in found if (process.info["environ"] or {}).get("RANKS_TEST_JOB") == self.mark]
+        return [process for process in mine if process.info["status"] != psutil.STATUS_ZOMBIE]
+
+    def pid(self, who):
+        """Of the supervisor, of a launcher or of a rank, once both ranks have begun."""
+        paths = [self.folder / f"pid{rank}" for rank in range(2)]
+        wait_until(lambda: all(path.exists() for path in paths) or self.process.poll() is not None)
+        if who == "supervisor":
+            return self.process.pid
+        inner = psutil.Process(int(paths[0].read_text())).parent()
+        return {"rank 1": int(paths[1].read_text()), "inner": inner.pid, "outer": inner.parent().pid}[who]
+
+    def send(self, number, who):
+        os.kill(self.pid(who), number)
+
+    def ended(self):
+        """Exit status and stderr; nothing of the job is left."""
+        stderr = self.process.communicate(timeout=LIMIT_S)[1]
+        wait_until(lambda: not self.left())
+        return self.process.returncode, stderr
+
+    def record(self):
+        path = self.folder / "record.json"
+        return records.load(path) if path.exists() else None
 
 
 @pytest.fixture
-def start(tmp_path):
-    """Starts a rank of four and returns its watcher and, where `code` does not end, the rank itself."""
+def begin(tmp_path):
+    """Starts jobs, and ends what is left of them."""
     started = []
 
-    def start(code, *, next_s=0.2, waits=False, before=()):
-        program = PROGRAM.format(code=code, next_s=next_s)
-        (tmp_path / "pid").unlink(missing_ok=True)
-        settings = {"env": ENVIRONMENT, "cwd": tmp_path, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        watcher = subprocess.Popen([*before, sys.executable, "-c", program], **settings, text=True)
-        started.append(watcher)
-        if not waits:
-            return watcher
-        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-        return watcher, int((tmp_path / "pid").read_text())
+    def begin(words, **environment):
+        started.append(Started(tmp_path, words, os.environ | {"PYTHONPATH": str(ROOT), **environment}))
+        return started[-1]
 
-    yield start
-    for watcher in started:
-        watcher.kill()
-        watcher.wait()
-        for pipe in (watcher.stdout, watcher.stderr):
-            pipe.close()  # not read to its end: a process that stayed behind may have it
+    yield begin
+    for one in started:
+        for process in one.left():
+            process.kill()
+        one.process.communicate()
 
 
-def ended(watcher):
-    """Exit status and stderr."""
-    stderr = watcher.communicate()[1]
-    return watcher.returncode, stderr
+@pytest.fixture
+def start(begin, tmp_path):
+    """Starts a job of two ranks that do `code`."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    launcher = programs / "deepspeed"
+    launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/stand_in_launcher.py" "$@"\n')
+    launcher.chmod(0o755)
+    (tmp_path / "made_up.json").write_text(json.dumps(failed(NONE, 1, config=OffloadConfig)))
+
+    def start(code, path=f"{programs}{os.pathsep}{os.environ['PATH']}", before=()):
+        (tmp_path / "rank.py").write_text(RANK.format(code=code))
+        return begin([*before, sys.executable, "-c", SUPERVISOR, *FLAGS, "rank.py"], PATH=path)
+
+    return start
+
+
+# A rank ends
 
 
 @pytest.mark.parametrize(
@@ -81,101 +143,150 @@ def ended(watcher):
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "ended by SIGKILL; the system may have had too little host memory"),
         ("os.kill(os.getpid(), signal.SIGTERM)", "ended by SIGTERM"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV"),
-        ("os.abort()", "ended by SIGABRT"),
+        ("os.abort()", "ended by SIGABRT; rank 0 was in"),
         ("os._exit(7)", "left in the middle of the run with exit status 7"),
         ("os._exit(0)", "left in the middle of the run with exit status 0"),
-        ("sys.exit(0)", "left in the middle of the run with exit status 0"),
+        (
+            "import atexit; atexit.register(os._exit, 9); sys.exit(0)",
+            "left in the middle of the run with exit status 9",
+        ),
     ],
 )
-def test_rank_that_cannot_tell_is_told_of(start, code, text):
-    status, stderr = ended(start(code))
+def test_rank_that_cannot_tell_is_told_of_and_kept_in_the_record(start, code, text):
+    started = start(f"if me == 1: {code}\nlost()")
+    status, stderr = started.ended()
     assert status == 1
-    assert_one_error_line(stderr, f"rank 3: {text}")
+    assert_one_error_line(stderr, text)
+    assert stderr.startswith("error: rank 1: ")
+    assert started.record()["status"] == "error"
+    assert text in started.record()["error"]["message"]
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 3, 130])
-def test_rank_that_came_to_its_end_is_passed_on_in_silence(start, status):
-    assert ended(start(f"status = {status}")) == (status, "")
+@pytest.mark.parametrize(
+    ("code", "status", "line"),
+    [
+        ("sys.exit(0)", 0, None),
+        ("sys.exit(3 if me == 1 else lost())", 3, None),  # what it ends with it has told of itself
+        ("raise ValueError('bad')", 1, ": ValueError: bad"),
+        ("import no_such_library", 1, "No module named 'no_such_library'"),
+    ],
+)
+def test_rank_that_comes_to_its_end_speaks_for_itself_and_once(start, code, status, line):
+    started = start(code)
+    ended, stderr = started.ended()
+    assert ended == status
+    assert stderr == "" if line is None else assert_one_error_line(stderr, line) is None
+    assert started.record() is None
 
 
-def test_rank_that_dies_while_it_exits_is_told_of(start):
-    status, stderr = ended(start("import atexit; atexit.register(os.abort)"))
+def test_stopped_rank_is_not_waited_for(start):
+    started = start("lost()")
+    started.send(signal.SIGSTOP, "rank 1")
+    status, stderr = started.ended()
     assert status == 1
-    assert_one_error_line(stderr, "rank 3: ended by SIGABRT")
+    assert_one_error_line(stderr, "rank 1: stopped by a signal (SIGSTOP)")
+    assert started.record()["error"]["type"] == "TimedOut"
 
 
-def test_rank_that_its_launcher_ends_is_silent(start):
-    watcher, rank = start(SLEEP, next_s=60, waits=True)
-    os.kill(rank, signal.SIGTERM)  # in this order, as DeepSpeed's launcher does
-    wait_until(lambda: not is_alive(rank))
-    watcher.terminate()
-    assert ended(watcher) == (1, "")
-    watcher, rank = start(SLEEP, waits=True)
-    watcher.terminate()
-    assert ended(watcher) == (1, "")
-    wait_until(lambda: not is_alive(rank))
-    watcher, rank = start(SLEEP, next_s=0, waits=True)
-    watcher.send_signal(signal.SIGSTOP)  # it hears of both at once
-    os.kill(rank, signal.SIGTERM)
-    wait_until(lambda: not is_alive(rank))
-    watcher.terminate()
-    watcher.send_signal(signal.SIGCONT)
-    assert ended(watcher) == (1, "")
-
-
-def test_watcher_ended_by_somebody_else_tells_and_takes_its_rank_along(start):
-    watcher, rank = start(SLEEP, waits=True)
-    subprocess.run(["kill", str(watcher.pid)], check=True)
-    status, stderr = ended(watcher)
+def test_rank_that_does_not_come_to_a_collective_is_told_of_with_where_it_is(start):
+    started = start("ranks.give_way(waited='timed out') if me == 0 else lost()")
+    status, stderr = started.ended()
     assert status == 1
-    assert_one_error_line(stderr, "rank 3: ended by SIGTERM")
-    wait_until(lambda: not is_alive(rank))
+    assert_one_error_line(stderr, "rank 1: did not come to where rank 0 waited for it; rank 1 was in")
+    assert stderr.endswith("in lost\n")
 
 
-def test_no_rank_outlives_its_watcher_or_its_launcher(start):
-    watcher, rank = start(SLEEP, waits=True)
-    watcher.kill()
-    wait_until(lambda: not is_alive(rank))
-    launcher, rank = start(SLEEP, waits=True, before=["sh", "-c", '"$@"; true', "sh"])
-    (watcher,) = psutil.Process(launcher.pid).children()
-    launcher.kill()
-    wait_until(lambda: not (is_alive(rank) or is_alive(watcher.pid)))
-    assert_one_error_line(launcher.communicate()[1], "rank 3: its launcher is gone")
+# Launchers and the command end
 
 
-def test_what_a_rank_started_ends_with_it(start, tmp_path):
-    code = "Path('child').write_text(str(subprocess.Popen(['sleep', '600'], start_new_session=True).pid)); os._exit(1)"
-    watcher = start(code)
-    watcher.wait()  # its pipes are the child's too
-    wait_until(lambda: not is_alive(int((tmp_path / "child").read_text())))
+@pytest.mark.parametrize(
+    ("who", "number", "text"),
+    [
+        ("inner", signal.SIGKILL, "DeepSpeed's inner launcher was ended by a signal"),
+        ("inner", signal.SIGHUP, "DeepSpeed's inner launcher was ended by a signal"),
+        ("inner", signal.SIGTERM, "DeepSpeed's launcher was ended by a signal"),
+        ("outer", signal.SIGKILL, "DeepSpeed's launcher was ended by SIGKILL"),
+        ("outer", signal.SIGTERM, "DeepSpeed's launcher was ended by SIGTERM"),
+        ("supervisor", signal.SIGINT, "interrupted"),
+        ("supervisor", signal.SIGTERM, "ended by SIGTERM"),
+        ("supervisor", signal.SIGHUP, "ended by SIGHUP"),
+        ("supervisor", signal.SIGKILL, "the command that started this job was killed"),
+    ],
+)
+def test_signal_to_launcher_or_command_ends_the_job_with_one_line(start, who, number, text):
+    started = start("lost()")
+    started.send(number, who)
+    status, stderr = started.ended()
+    killed = number == signal.SIGKILL
+    assert status == (1 if who != "supervisor" else -number if killed else 128 + number)
+    assert_one_error_line(stderr, text)
+    assert text in started.record()["error"]["message"]
 
 
-def test_interruption_is_the_ranks_own_to_tell(start):
-    code = f"""
-    try: {SLEEP}
-    except KeyboardInterrupt: status = 130"""
-    watcher, rank = start(code, waits=True)
-    for process in (watcher.pid, rank):
-        os.kill(process, signal.SIGINT)
-    assert ended(watcher) == (130, "")
+def test_stopped_rank_does_not_outlive_a_killed_command(start):
+    started = start("lost()")
+    started.send(signal.SIGSTOP, "rank 1")
+    started.send(signal.SIGKILL, "supervisor")
+    started.ended()
 
 
-def test_only_process_is_not_watched(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with ranks.watched():
-        inside = os.getpid()
-    assert inside == os.getpid()
+def test_signal_that_nohup_ignores_stays_ignored(start, tmp_path):
+    started = start("while not Path('go').exists(): time.sleep(0.05)", before=["nohup"])
+    started.send(signal.SIGHUP, "supervisor")
+    (tmp_path / "go").touch()
+    assert started.ended()[0] == 0
 
 
-def test_looking_for_a_gpu_leaves_the_process_able_to_fork(monkeypatch):
-    """PyTorch's other way asks CUDA, which then fails in a fork."""
-    name, asked = "PYTORCH_NVML_BASED_CUDA_CHECK", []
-    monkeypatch.delenv(name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append(os.environ.get(name)) or True)
-    assert runtime.resolve_device("auto") == "cuda"
-    assert asked == ["1"]
-    assert name not in os.environ
+# Without a supervisor here, as under pdsh
+
+
+def test_rank_without_supervisor_ends_with_its_launcher_only(begin, tmp_path):
+    (tmp_path / "rank.py").write_text("import os, time; open('pid', 'w').close(); time.sleep(600)")
+    words = [sys.executable, ROOT / "tests" / "stand_in_launcher.py", "inner", *FLAGS, "rank.py", "--master_port", "1"]
+    started = begin([str(word) for word in words])
+    wait_until((tmp_path / "pid").exists)
+    started.process.kill()
+    status, stderr = started.ended()
+    assert status == -signal.SIGKILL
+    assert "its launcher is gone" in stderr
+
+
+# The real launcher, the real script
+
+
+def test_killed_rank_under_deepspeeds_launcher(start):
+    started = start("lost()", path=os.environ["PATH"])
+    started.send(signal.SIGKILL, "rank 1")
+    status, stderr = started.ended()
+    assert status == 1
+    assert_one_error_line(stderr, "rank 1: ended by SIGKILL")
+
+
+# A package that touches the accelerator when it is imported: CUDA, too, cannot be used in a fork of that process.
+ACCELERATOR = """
+import os, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "transformers":
+            os.register_at_fork(after_in_child=lambda: open(os.environ["FORKED"], "a").close())
+            with open(os.environ["TOUCHED"], "a") as file: file.write(f"{os.getpid()}\\n")
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def test_no_rank_of_the_real_script_works_in_a_fork_after_imports(begin, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(ACCELERATOR)
+    off = dict.fromkeys(["ENABLE_FLCE", "ENABLE_LIGER_ROPE", "ENABLE_LIGER_SWIGLU", "ENABLE_LIGER_RMS"], "0")
+    small = {"NUM_GPUS": "2", "MAX_SEQ_LENGTH": "16", "PER_DEVICE_TRAIN_BATCH_SIZE": "1", "NUM_TRAIN_ITERATIONS": "1"}
+    notes = {name: str(tmp_path / name.lower()) for name in ("FORKED", "TOUCHED")}
+    flags = ["--warmup", "0", "--log_dir=", "--snapshot_dir=", "--result_dir", str(tmp_path / "results")]
+    started = begin(["bash", f"{ROOT}/run_ds.sh", *flags], **off, **small, **notes, PYTHONPATH=str(tmp_path))
+    status, stderr = started.ended()
+    assert status == 0, stderr
+    (path,) = tmp_path.glob("results/*.json")
+    assert records.load(path)["config"]["world_size"] == 2
+    assert len(set((tmp_path / "touched").read_text().split())) >= 2
+    assert not (tmp_path / "forked").exists()
 
 
 # Who speaks
@@ -242,122 +353,3 @@ def test_one_rank_tells_of_bad_arguments(waited, words):
             parse_config(None, OffloadConfig(device="cuda"), cpu_defaults={}, words=words)
         assert stopped.value.code == 2
         assert bool(times) == waits
-
-
-# Sweeps of cells that are several processes
-
-
-@pytest.fixture
-def sweep_of(monkeypatch, tmp_path):
-    """Runs a sweep on three GPUs, over a script whose ranks do what `behave(rank, config)` says."""
-    fake = FakeScript(tmp_path)
-
-    def sweep_of(behave, *arguments):
-        def main(config):
-            fake._note(fake.started, f"{os.environ['RANK']} {os.getpid()}")
-            rank = int(os.environ["RANK"])
-            places = [int(os.environ[name]) for name in ("LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")]
-            assert places == [rank, 3, 3]
-            assert config.world_size == 3
-            return behave(rank, config)
-
-        module = SimpleNamespace(
-            DEFAULTS=OffloadConfig(result_dir=str(fake.results)), CPU_DEFAULTS=fake.CPU_DEFAULTS, main=main
-        )
-        monkeypatch.setitem(sys.modules, "fake_script", module)
-        monkeypatch.setitem(sweep.SCRIPTS, "deepspeed", "fake_script")
-        flags = ["--script=deepspeed", "--num_gpus=3", "--device=cuda"]
-        status, _, stderr = Program(tmp_path, ["strategy=all", *arguments, *flags]).wait()
-        started = [line.split() for line in fake.ran()]
-        wait_until(lambda: not any(is_alive(int(pid)) for _, pid in started))
-        return status, stderr, sorted(int(rank) for rank, _ in started), fake
-
-    monkeypatch.setattr(runtime, "environment", lambda device: {"gpu": "NVIDIA Imaginary 1000"})
-    return sweep_of
-
-
-def first_saves(rank, config):
-    return finish(config) if rank == 0 else 0
-
-
-def test_sweep_starts_every_rank_and_does_not_run_again_what_has_a_record(sweep_of):
-    status, stderr, ran, fake = sweep_of(first_saves, "batch_size=1,2")
-    assert (status, stderr, ran) == (0, "", [0, 0, 1, 1, 2, 2])
-    assert {record["config"]["world_size"] for record in fake.records().values()} == {3}
-    assert all(path.stem.endswith("_gpus3") for path in fake.results.glob("*.json"))
-    assert not list(fake.results.glob("*.log"))
-    assert sweep_of(first_saves, "batch_size=1,2")[2] == ran
-
-
-def second_ends(end):
-    """The second rank ends so; the others wait for it in vain."""
-    return lambda rank, config: end(config) if rank == 1 else hang(config)
-
-
-def killed_and_recorded_as_another_failure(rank, config):
-    if rank == 0:
-        finish(config, status="error", error={"type": "RuntimeError", "message": "Connection closed by peer"})
-    if rank == 1:
-        wait_until(config.record_file.exists)
-        be_killed(config)
-    return hang(config)
-
-
-@pytest.mark.parametrize(
-    ("behave", "kind", "message"),
-    [
-        (second_ends(be_killed), "Killed", "rank 1: ended by SIGKILL; the system may have had too little host memory"),
-        (second_ends(leave_at_once), "Failed", "rank 1: exit status 7: it printed nothing"),
-        (second_ends(hang), "TimedOut", "it took too long and was ended"),
-        (killed_and_recorded_as_another_failure, "Killed", "rank 1: ended by SIGKILL"),
-    ],
-)
-def test_rank_that_fails_ends_its_cell_and_the_sweep_goes_on(sweep_of, behave, kind, message):
-    def main(rank, config):
-        return behave(rank, config) if config.batch_size == 1 else first_saves(rank, config)
-
-    status, stderr, _, fake = sweep_of(main, "batch_size=1,2", "--timeout_s=3")
-    assert status == 1
-    assert_one_error_line(stderr, "1 cells failed")
-    failed, ok = (fake.by_batch()[size] for size in (1, 2))
-    assert (failed["status"], failed["error"]["type"], ok["status"]) == ("error", kind, "ok")
-    assert failed["error"]["message"].startswith(message)
-
-
-def test_rank_out_of_memory_is_a_result(sweep_of):
-    status, _, ran, fake = sweep_of(second_ends(run_out_of_memory), "batch_size=1,2")
-    assert status == 0
-    assert 1 in ran
-    assert len(ran) <= 3  # one cell; others may be ended before they begin
-    assert [(record["status"], record["mode"]) for _, record in sorted(fake.by_batch().items())] == [
-        ("oom", "measured"),
-        ("oom", "inferred"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        (["--num_gpus=0"], "--num_gpus must be"),
-        (["--num_gpus=2"], "--num_gpus must be"),
-        (["--num_gpus=2", "--script=deepspeed"], "--num_gpus 2, but 1 here"),
-    ],
-)
-def test_number_of_gpus_that_cannot_be_is_one_line(monkeypatch, capsys, flags, text):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(sys, "argv", ["sweep.py", "batch_size=1", *flags])
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    assert sweep.main() == 2
-    assert_one_error_line(capsys.readouterr().err, text)
-
-
-def test_sweep_on_two_processes_of_the_real_script(tmp_path):
-    grid = ["batch_size=1", "seq_length=16", "strategy=none", "--script=deepspeed", "--num_gpus=2"]
-    flags = ["--preset=fast", "--device=cpu", "--iterations=2", "--warmup=0", f"--result_dir={tmp_path}"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = run_python("-m", "src.sweep", *grid, *flags, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    (record,) = records.load_all([tmp_path])
-    assert (record["status"], record["mode"], record["config"]["world_size"]) == ("ok", "interpreted", 2)
-    assert record["losses"][0] == pytest.approx(math.log(4096), rel=0.02)

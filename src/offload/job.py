@@ -51,8 +51,8 @@ class Job:
             pass
         return True
 
-    def ranks(self) -> dict[int, dict[str, int]]:
-        """Of each rank that has begun on this machine: its `pid`, its `launcher`'s, and how many are to be `here`."""
+    def ranks(self) -> dict[int, dict[str, Any]]:
+        """Of each rank that has begun on this machine: its `pid`, and the ranks that are to be `here`."""
         numbers = sorted(int(path.stem[4:]) for path in self.folder.glob("rank*.begun"))
         begun = {number: self.read(f"rank{number}.begun") for number in numbers}
         return {number: note for number, note in begun.items() if note is not None}
@@ -118,5 +118,6 @@ def place(job: Job, rank: int) -> str:
     """Where a rank was when it was asked, for the end of a line; nothing if it has not answered."""
     with contextlib.suppress(OSError, StopIteration):
         lines = (job.folder / f"rank{rank}.where").read_text().splitlines()
-        return "; it was in" + next(line for line in lines if " File " in line).replace(" File ", "")
+        last = next(line for line in lines if " File " in line)
+        return f"; rank {rank} was in {last.replace(' File ', '').strip()}"
     return ""

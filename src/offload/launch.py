@@ -20,16 +20,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from src.offload import job, ranks
 from src.offload.command import launcher, port_flags
+from src.offload.endings import Cause, first_to_fall
 from src.offload.kept_record import keep
 from src.utils import ExitStatus, UsageError, error_line
 
 _TICK_S = 0.1  # DeepSpeed's launcher looks once a second; this one sees how a rank ended before it is gone
-_SETTLE_S = 5  # in which the launcher's own status tells what the rank's does not
+_SETTLE_S = 10  # in which the launcher's own status tells what the rank's does not
 _ENDING_S = 15  # in which the launcher ends the other ranks of one that has told why it failed
 _LAST_S = 600  # in which every rank ends after the first; it may have a trace to write
 _STOPPED_S = 10
@@ -38,15 +40,6 @@ _INTERRUPTED_S = 5  # in which ranks give back what they hold, such as the lock 
 _KILLED_S = 5  # in which the system ends what was killed
 _REMOTE_S = 15  # in which pdsh ends the ranks of other machines
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@dataclass(frozen=True)
-class Cause:
-    """Why a job did not come to its own end."""
-
-    message: str
-    status: int = ExitStatus.FAILED
-    kind: str = "Failed"  # as in a record's error: Killed, TimedOut, Interrupted, ...
 
 
 def main(words: Sequence[str]) -> int:
@@ -105,8 +98,9 @@ class _Supervisor:
     def _wait(self) -> Cause | int:
         """What ends the job, or the status with which the launcher has ended it."""
         while True:
-            number = self._next_signal()
-            if number in _INTERRUPTS:
+            heard = signal.sigtimedwait(self._heard, _TICK_S)
+            if heard is not None and heard.si_signo in _INTERRUPTS:
+                number = heard.si_signo
                 text = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
                 return Cause(text, 128 + number, "Interrupted")
             processes = self._look()
@@ -115,10 +109,6 @@ class _Supervisor:
                 outcome = self._after_launcher()
             if outcome is not None:
                 return outcome
-
-    def _next_signal(self) -> int | None:
-        told = signal.sigtimedwait(self._heard, _TICK_S)
-        return None if told is None else told.si_signo
 
     def _look(self) -> dict[int, job.Process]:
         """Every process of the job that has not ended, by pid; notes how others did."""
@@ -153,9 +143,9 @@ class _Supervisor:
             self._wait_for_launcher(_ENDING_S)
             return failed
         # What a rank says with its status is true unless the system says otherwise: it may die while it exits.
-        fallen = [rank for rank in gone if told[rank] is None or self._codes.get(gone[rank], 0)]
+        fallen = {rank: pid for rank, pid in gone.items() if told[rank] is None or self._codes.get(pid, 0)}
         if fallen:
-            return self._of_fallen(fallen[0], gone[fallen[0]], [rank for rank in begun if rank not in gone])
+            return self._of_fallen(fallen, begun)
         return self._late(begun.keys() - gone.keys(), gone) if gone else None
 
     def _late(self, left: Set[int], ended: Iterable[int]) -> Cause | None:
@@ -165,22 +155,22 @@ class _Supervisor:
             return Cause(f"rank {min(left)}: did not end within {_LAST_S} s of the others", kind="TimedOut")
         return None
 
-    def _of_fallen(self, rank: int, pid: int, others: Sequence[int]) -> Cause:
+    def _of_fallen(self, fallen: dict[int, int], begun: dict[int, dict[str, Any]]) -> Cause:
+        """Of ranks that have ended, by pid, in the middle of the run."""
         is_first = self._job.claim()  # before the others tell that they lost it
-        places = self._places(others) if self._codes.get(pid) == -signal.SIGABRT else ""
+        aborted = any(self._codes.get(pid) == -signal.SIGABRT for pid in fallen.values())  # NCCL does so at a time-out
+        places = self._places(begun.keys() - fallen.keys()) if aborted else ""
         launcher = self._wait_for_launcher(_SETTLE_S)
-        code = self._codes.get(pid)
-        if code is None and launcher is not None:  # it was quicker than this process, and passes the status on
-            code = launcher - 256 if launcher > 128 else launcher
-        if launcher == 1 and code in (-signal.SIGTERM, None):  # it does so when it is terminated itself
-            cause = Cause("DeepSpeed's launcher was ended by a signal", kind="Killed")
-        elif code is None:
-            cause = Cause(f"rank {rank}: has ended; the system does not say how", kind="Killed")
-        else:
-            cause = Cause(f"rank {rank}: {ranks.ending_of(code)}{places}", kind="Killed" if code < 0 else "Failed")
+        codes = {rank: self._codes.get(pid) for rank, pid in fallen.items()}
+        cause = first_to_fall(codes, sorted(self._siblings(begun) - begun.keys()), launcher)
+        cause = replace(cause, message=cause.message + places)
         if is_first:
             error_line(cause.message)
         return cause
+
+    def _siblings(self, begun: dict[int, dict[str, Any]]) -> set[int]:
+        """The ranks of this machine, as those say that have begun."""
+        return {rank for note in begun.values() for rank in note["here"]}
 
     def _standing_still(self, processes: dict[int, job.Process]) -> Cause | None:
         """Of a process that somebody has stopped: the others would wait for it for ever."""
@@ -203,10 +193,10 @@ class _Supervisor:
         text = f"rank {missing[0]}: did not come to where rank {min(waited)} waited for it"
         return Cause(text + self._places(missing), kind="TimedOut")
 
-    def _places(self, of: Sequence[int]) -> str:
+    def _places(self, of: Iterable[int]) -> str:
         """Where ranks are, as they write when they are asked, for the end of a line."""
-        begun = self._job.ranks()
-        job.send(signal.SIGUSR1, (begun[rank]["pid"] for rank in of if rank in begun))
+        begun, of = self._job.ranks(), sorted(of)
+        job.send(signal.SIGUSR1, (begun[rank]["pid"] for rank in of))
         time.sleep(0.5 if of else 0)
         return "".join(job.place(self._job, rank) for rank in of)
 
@@ -226,8 +216,8 @@ class _Supervisor:
         if status:
             kind = f"DeepSpeed's launcher left with exit status {status}"
             return status if self._remote else Cause(kind)
-        here = next((note["here"] for note in begun.values()), 0 if self._remote else 1)
-        if len(begun) >= here and all(self._status_told(rank) == 0 for rank in begun):
+        done = begun.keys() >= self._siblings(begun) and all(self._status_told(rank) == 0 for rank in begun)
+        if done and (begun or self._remote):
             return ExitStatus.DONE
         # The outer launcher takes the status of an inner one that a signal has ended for 0.
         return Cause("DeepSpeed's inner launcher was ended by a signal", kind="Killed")

@@ -71,8 +71,8 @@ def _register(here: job.Job) -> None:
     number = ranks.rank()
     where = (here.folder / f"rank{number}.where").open("w")
     faulthandler.register(signal.SIGUSR1, file=where, all_threads=False)
-    siblings = int(os.environ.get("LOCAL_SIZE", "1"))
-    here.note(f"rank{number}.begun", {"pid": os.getpid(), "launcher": os.getppid(), "here": siblings})
+    size, place = (int(os.environ.get(name) or default) for name, default in (("LOCAL_SIZE", 1), ("LOCAL_RANK", 0)))
+    here.note(f"rank{number}.begun", {"pid": os.getpid(), "here": list(range(number - place, number - place + size))})
 
 
 def _watch(here: job.Job | None) -> None:
