@@ -20,19 +20,25 @@ class Cause:
     kind: str = "Failed"  # as in a record's error: Killed, TimedOut, Interrupted, ...
 
 
-def first_to_fall(codes: Mapping[int, int | None], never_begun: Sequence[int], launcher: int | None) -> Cause:
-    """Of ranks that have ended, `codes` says how as far as it was seen, the one that did so first.
-
-    The launcher terminates the others, and passes on how the first has ended: that tells of one that was gone before
-    anybody saw how, or before it had begun to say that it is there.
-    """
+def seen_to_fall(codes: Mapping[int, int | None]) -> Cause | None:
+    """Of the rank among `codes` that ended by itself; None if none was seen to. The launcher terminates the others."""
     for rank, code in codes.items():
         if code not in (None, -signal.SIGTERM):
             return _ended(rank, code)
-    if launcher == _TERMINATED:
+    return None
+
+
+def told_by_launcher(status: int | None, terminated: Mapping[int, float | None], never_begun: Sequence[int]) -> Cause:
+    """Of the rank that ended before anybody saw how: the launcher passes its status on.
+
+    It is one that never came to say that it is there, or one that was not `terminated`, which has the moments; or else
+    the first that was.
+    """
+    if status == _TERMINATED:
         return Cause(LAUNCHER_ENDED, kind="Killed")
-    unseen = [*never_begun, *(rank for rank, code in codes.items() if code is None), *codes]
-    return _ended(unseen[0], launcher and (launcher - 256 if launcher > 128 else launcher))
+    by_themselves = [*never_begun, *(rank for rank, moment in terminated.items() if moment is None)]
+    rank = by_themselves[0] if by_themselves else min(terminated, key=terminated.get)
+    return _ended(rank, status and (status - 256 if status > 128 else status))
 
 
 def _ended(rank: int, code: int | None) -> Cause:

@@ -36,9 +36,10 @@ class Job:
             return None
 
     def modified(self, name: str) -> float | None:
-        """When the note was left, as `time.time()` has it; None if there is none."""
+        """When the note was left, as `time.time()` has it; None if there is none, or nothing in it."""
         with contextlib.suppress(OSError):
-            return (self.folder / name).stat().st_mtime
+            found = (self.folder / name).stat()
+            return found.st_mtime if found.st_size else None
         return None
 
     def claim(self) -> bool:

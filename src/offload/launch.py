@@ -26,7 +26,7 @@ from typing import Any
 
 from src.offload import job, ranks
 from src.offload.command import launcher, port_flags
-from src.offload.endings import Cause, first_to_fall
+from src.offload.endings import Cause, seen_to_fall, told_by_launcher
 from src.offload.kept_record import keep
 from src.utils import ExitStatus, UsageError, error_line
 
@@ -160,9 +160,11 @@ class _Supervisor:
         is_first = self._job.claim()  # before the others tell that they lost it
         aborted = any(self._codes.get(pid) == -signal.SIGABRT for pid in fallen.values())  # NCCL does so at a time-out
         places = self._places(begun.keys() - fallen.keys()) if aborted else ""
-        launcher = self._wait_for_launcher(_SETTLE_S)
-        codes = {rank: self._codes.get(pid) for rank, pid in fallen.items()}
-        cause = first_to_fall(codes, sorted(self._siblings(begun) - begun.keys()), launcher)
+        cause = seen_to_fall({rank: self._codes.get(pid) for rank, pid in fallen.items()})
+        if cause is None:
+            launcher = self._wait_for_launcher(_SETTLE_S)
+            terminated = {rank: self._job.modified(f"rank{rank}.terminated") for rank in fallen}
+            cause = told_by_launcher(launcher, terminated, sorted(self._siblings(begun) - begun.keys()))
         cause = replace(cause, message=cause.message + places)
         if is_first:
             error_line(cause.message)

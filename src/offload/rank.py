@@ -71,6 +71,9 @@ def _register(here: job.Job) -> None:
     number = ranks.rank()
     where = (here.folder / f"rank{number}.where").open("w")
     faulthandler.register(signal.SIGUSR1, file=where, all_threads=False)
+    # The launcher terminates the ranks that have not failed: this tells them from the one that has.
+    terminated = (here.folder / f"rank{number}.terminated").open("w")
+    faulthandler.register(signal.SIGTERM, file=terminated, all_threads=False, chain=True)
     size, place = (int(os.environ.get(name) or default) for name, default in (("LOCAL_SIZE", 1), ("LOCAL_RANK", 0)))
     here.note(f"rank{number}.begun", {"pid": os.getpid(), "here": list(range(number - place, number - place + size))})
 
