@@ -99,8 +99,7 @@ class _Supervisor:
         """What ends the job, or the status with which the launcher has ended it."""
         while True:
             heard = signal.sigtimedwait(self._heard, _TICK_S)
-            if heard is not None and heard.si_signo in _INTERRUPTS:
-                number = heard.si_signo
+            if heard is not None and (number := heard.si_signo) in _INTERRUPTS:
                 text = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
                 return Cause(text, 128 + number, "Interrupted")
             processes = self._look()
