@@ -83,7 +83,7 @@ def _watch(here: job.Job | None) -> None:
     if here is not None:
         end, pid = _end_job, here.read("supervisor")
     elif _BY_DEEPSPEED in os.environ:
-        end, pid = _end_here, os.getppid()
+        end, pid = _end_here, _launcher()
     else:
         return
 
@@ -94,8 +94,16 @@ def _watch(here: job.Job | None) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def _launcher() -> int | None:
+    """This rank's parent, unless it has been killed already: who adopted the rank is in another process group."""
+    parent = os.getppid()
+    with contextlib.suppress(ProcessLookupError):
+        return parent if parent and os.getpgid(parent) == os.getpgrp() else None
+    return None
+
+
 def _wait_for(pid: int | None) -> None:
-    """Return when the process has ended. Nothing wakes up before, so no measurement is disturbed."""
+    """Return when the process has ended, at once if there is none. Nothing wakes up before, so no measurement is disturbed."""
     try:
         ending = os.pidfd_open(pid)
     except (ProcessLookupError, TypeError):
