@@ -103,7 +103,7 @@ def _launcher() -> int | None:
 
 
 def _wait_for(pid: int | None) -> None:
-    """Return when the process has ended, at once if there is none. Nothing wakes up before, so no measurement is disturbed."""
+    """Return when the process has ended, at once if there is none; no look before disturbs a measurement."""
     try:
         ending = os.pidfd_open(pid)
     except (ProcessLookupError, TypeError):
