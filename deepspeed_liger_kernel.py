@@ -81,6 +81,7 @@ def build_experiment(config: OffloadConfig, runtime: Runtime, build: Build = bui
 
 def main(config: OffloadConfig, planned: OffloadConfig | None = None, build: Build = build_engine) -> int:
     """Run what `config` describes, with the engine that `build` makes or keeps; returns the exit status."""
+    ranks.check_environment()
     config = dataclasses.replace(config, world_size=ranks.world_size())
     on_gpu = config.device == "cuda"
     if not on_gpu and (config.dtype == "fp16" or config.memory_limit_gib is not None):
@@ -130,6 +131,4 @@ SCRIPT = Script(
 )
 
 if __name__ == "__main__":
-    with ranks.watched():
-        status = run(main, COMMAND)
-    sys.exit(status)
+    sys.exit(run(main, COMMAND))

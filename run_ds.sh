@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The ZeRO-3 offload experiment under DeepSpeed's launcher. Edit the values, or set variables; arguments are passed on:
+# The ZeRO-3 offload experiment under DeepSpeed's launcher. Edit the values, or set variables; arguments are passed on.
+# A variable that looks like one of these and is none is refused:
 #
 #   bash run_ds.sh                                             # the original's settings
 #   bash run_ds.sh --preset fast                               # ours, for speed
@@ -16,20 +17,27 @@ NUM_GPUS=${NUM_GPUS:-} # empty: 1, or with a HOSTFILE as many as each machine ha
 HOSTFILE=${HOSTFILE:-}
 NODE_RANK=${NODE_RANK:-}
 MASTER_ADDR=${MASTER_ADDR:-}
-MASTER_PORT=${MASTER_PORT:-29500}
+MASTER_PORT=${MASTER_PORT:-} # empty: one that is free, or with a HOSTFILE DeepSpeed's 29500
 
 refuse() { echo "error: $*" >&2; exit 2; }
 is_count() { [[ "$1" =~ ^[1-9][0-9]{0,5}$ ]]; }
+# A name that begins with "-" would reach ssh as an option, which can run a program; pdsh expands brackets and commas.
+is_host() { [[ "$1" =~ ^([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_:][A-Za-z0-9_.:-]*$ ]]; }
 
 [ -z "$HOSTFILE" ] || HOSTFILE=$(realpath -m -- "$HOSTFILE") # as seen from where the script was started
 cd "$(dirname "${BASH_SOURCE[0]}")"
-is_count "$MASTER_PORT" || refuse "MASTER_PORT must be a number, got '$MASTER_PORT'"
+python -m src.offload.variables run_ds.sh || exit
+[ -z "$MASTER_PORT" ] || { is_count "$MASTER_PORT" && [ "$MASTER_PORT" -lt 65536 ]; } ||
+    refuse "MASTER_PORT must be a port's number, got '$MASTER_PORT'"
+[ -z "$MASTER_ADDR" ] || is_host "$MASTER_ADDR" || refuse "MASTER_ADDR must be a machine's name, got '$MASTER_ADDR'"
+[[ "${DS_ACCELERATOR:-cpu}" =~ ^(cpu|cuda)$ ]] || refuse "DS_ACCELERATOR must be cpu, cuda or unset, got '$DS_ACCELERATOR'"
 [ -z "$NUM_GPUS" ] || is_count "$NUM_GPUS" || refuse "NUM_GPUS must be a number of GPUs, got '$NUM_GPUS'"
 [ -n "$HOSTFILE" ] || [ -z "$NODE_RANK" ] || refuse "NODE_RANK counts the lines of a HOSTFILE: set that, too"
 [ -n "$HOSTFILE$NUM_GPUS" ] || NUM_GPUS=1
 
 # DeepSpeed would run on this machine alone if the file were missing, and take GPUs that a machine has no slots for.
-launcher=(--master_port "$MASTER_PORT" --no_local_rank --log_level error ${NUM_GPUS:+--num_gpus "$NUM_GPUS"})
+launcher=(--no_local_rank --log_level critical ${MASTER_PORT:+--master_port "$MASTER_PORT"})
+launcher+=(${NUM_GPUS:+--num_gpus "$NUM_GPUS"})
 if [ -n "$HOSTFILE" ]; then
     [ -f "$HOSTFILE" ] && [ -r "$HOSTFILE" ] || refuse "HOSTFILE: $HOSTFILE is no file that can be read"
     hosts=() # names, in order
@@ -37,6 +45,7 @@ if [ -n "$HOSTFILE" ]; then
         if [[ -z "$name" || "$name" == "#"* ]]; then continue; fi
         is_count "${slots#slots=}" && [[ "$slots" == slots=* && "$more" =~ ^(#.*)?$ ]] ||
             refuse "HOSTFILE: a line must be like 'name slots=8', not '$name${slots:+ $slots}${more:+ $more}'"
+        is_host "$name" || refuse "HOSTFILE: '$name' is no name of a machine"
         [[ " ${hosts[*]-} " != *" $name "* ]] || refuse "HOSTFILE: $name is there twice"
         [ "${NUM_GPUS:-0}" -le "${slots#slots=}" ] || refuse "NUM_GPUS=$NUM_GPUS, but HOSTFILE: $name $slots"
         hosts+=("$name")
@@ -52,7 +61,7 @@ if [ -n "$HOSTFILE" ]; then
         instead="; or start each machine's part yourself, with NODE_RANK and MASTER_ADDR"
         command -v pdsh >/dev/null || refuse "HOSTFILE needs pdsh, which is not installed$instead"
         for name in "${hosts[@]}"; do
-            ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$name" true 2>/dev/null ||
+            ssh -n -o BatchMode=yes -o ConnectTimeout=10 -- "$name" true 2>/dev/null ||
                 refuse "HOSTFILE: no ssh to $name without a password$instead"
         done
         launcher+=(--no_ssh_check)
@@ -62,11 +71,12 @@ fi
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     device=cuda model=meta-llama/Llama-3.2-1B-Instruct batch=4 length=1024 iterations=5
 else # a size for Triton's interpreter
-    export DS_ACCELERATOR=cpu
+    export DS_ACCELERATOR=cpu TRITON_INTERPRET=1
     device=cpu model=tiny-llama batch=2 length=64 iterations=2
 fi
 
 MODEL_NAME=${MODEL_NAME:-$model}
+PRESET=${PRESET:-} # empty: the script's
 
 FP16_LOSS_SCALE_WINDOW=${FP16_LOSS_SCALE_WINDOW:-100}
 FP16_INITIAL_SCALE_POWER=${FP16_INITIAL_SCALE_POWER:-7}
@@ -92,10 +102,15 @@ SEED=${SEED:-42}
 ENABLE_LIGER_ROPE=${ENABLE_LIGER_ROPE:-1}
 ENABLE_LIGER_SWIGLU=${ENABLE_LIGER_SWIGLU:-1}
 ENABLE_LIGER_RMS=${ENABLE_LIGER_RMS:-1}
-ENABLE_FLCE=${ENABLE_FLCE:-1}
+ENABLE_FLCE=${ENABLE_FLCE:-${ENABLE_LIGER_FLCE:-1}} # the original's name, and one like its siblings'
+ENABLE_LIGER_FLCE=${ENABLE_LIGER_FLCE:-$ENABLE_FLCE}
+[ "$ENABLE_FLCE" = "$ENABLE_LIGER_FLCE" ] ||
+    refuse "ENABLE_FLCE=$ENABLE_FLCE, but ENABLE_LIGER_FLCE=$ENABLE_LIGER_FLCE: set one of them"
 
-exec deepspeed "${launcher[@]}" deepspeed_liger_kernel.py --device "$device" \
+exec python -m src.offload.launch "${launcher[@]}" \
+    --module src.offload.rank deepspeed_liger_kernel.py --device "$device" \
     --model_name "$MODEL_NAME" \
+    ${PRESET:+--preset "$PRESET"} \
     --fp16_loss_scale_window "$FP16_LOSS_SCALE_WINDOW" \
     --fp16_initial_scale_power "$FP16_INITIAL_SCALE_POWER" \
     --fp16_hysteresis "$FP16_HYSTERESIS" \

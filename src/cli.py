@@ -13,7 +13,7 @@ from src.config import RunConfig
 from src.offload import ranks
 from src.offload_config import PRESETS, OffloadConfig
 from src.techniques import KERNEL_NAMES, TECHNIQUES
-from src.utils import ExitStatus, UsageError, error_line
+from src.utils import ExitStatus, UsageError
 
 
 class Command(NamedTuple):
@@ -143,7 +143,7 @@ def run_config(main: Callable[[RunConfig], int], config: RunConfig) -> int:
     try:
         return main(config)
     except KeyboardInterrupt:
-        error_line("interrupted")
+        ranks.tell("interrupted")
         return ExitStatus.INTERRUPTED
     except (Exception, SystemExit) as error:  # whoever leaves in the middle has not done what was asked
         if config.debug:
@@ -151,9 +151,9 @@ def run_config(main: Callable[[RunConfig], int], config: RunConfig) -> int:
         if isinstance(error, UsageError):
             return _refused(error)
         if _comes_from_another_rank(error):
-            ranks.give_way()
+            ranks.give_way(waited=error)
         hint = "" if config.debug else " (--debug shows where)"
-        error_line(f"{ranks.name()}{type(error).__name__}: {error}{hint}")
+        ranks.tell(f"{ranks.name()}{type(error).__name__}: {error}{hint}")
         return ExitStatus.FAILED
 
 
@@ -161,7 +161,7 @@ def _refused(error: UsageError) -> int:
     """The exit status of a run that cannot be, for a reason that other ranks find as well."""
     if not ranks.is_first_here():
         ranks.give_way()
-    error_line(error)
+    ranks.tell(error)
     return ExitStatus.BAD_ARGUMENTS
 
 

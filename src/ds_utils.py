@@ -19,7 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from src.machine import local_ranks
 from src.model_utils import build_model, family_of, load_model_config, parameter_counts
-from src.offload import ranks
+from src.offload import join, ranks
 from src.offload.experiment import OffloadExperiment
 from src.offload.host_memory import check_host_memory
 from src.offload_config import OffloadConfig
@@ -115,6 +115,7 @@ def init_distributed(device: str) -> torch.device:
         if processes > gpus:
             raise UsageError(f"{processes} processes on this machine, but {gpus} GPUs: take NUM_GPUS={gpus}")
         torch.cuda.set_device(local_rank)
+    join.meet()
     # DeepSpeed's own collectives for CPUs leave 66 MiB a rank in /dev/shm for good.
     backend = importlib.import_module("deepspeed.comm.torch")
     own_collectives = mock.patch.object(backend, "build_shm_op", return_value=None)

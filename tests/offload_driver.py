@@ -24,16 +24,17 @@ import cpuinfo
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 from deepspeed.utils import z3_leaf_module
-from src.attribution import Attribution
-from src.kernel_check import patched
-from src.runtime import HostRuntime
 
 import deepspeed_liger_kernel as script
-from src import ds_utils, interpreter, ranks
+from src import ds_utils, interpreter
+from src.attribution import Attribution
 from src.cli import parse_config, run
 from src.config import OFFLOAD_OPTIMIZERS, OffloadConfig
+from src.kernel_check import patched
 from src.model_utils import implementations
+from src.offload import ranks
 from src.optimizer_utils import build_offload_optimizer
+from src.runtime import HostRuntime
 from src.utils import GIB, is_rank0
 
 # DeepSpeed asks for every optimizer; the answer takes a second.

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -628,36 +627,6 @@ def test_rank_out_of_memory_ends_the_job_and_leaves_the_record(tmp_path):
     assert processes_of(job) == []
     (record,) = (records.load(path) for path in tmp_path.glob("results/*.json"))
     assert (record["status"], record["config"]["world_size"]) == ("oom", 2)
-
-
-def test_rank_that_is_killed_ends_the_job_with_one_line(tmp_path, rng):
-    """At any time from its imports to the steps."""
-    number = rng.choice([signal.SIGKILL, signal.SIGTERM])
-    arguments = [*SMALL, "--num_train_iterations", 10**6, *QUIET, "--result_dir", tmp_path / "results"]
-    job, model = uuid.uuid4().hex, write_llama_folder(tmp_path / "model", **SHAPE)
-    environment = ENVIRONMENT | {"OFFLOAD_TEST_JOB": job}
-    with ThreadPoolExecutor() as pool:
-        launch = pool.submit(launched, 2, SCRIPT, "--model_name", model, *arguments, env=environment)
-        while not (watched := [p for p in job_processes(job) if is_watched(p, rank=1)]) and not launch.done():
-            time.sleep(0.1)
-        time.sleep(rng.random() * 15)
-        killed = time.time()
-        watched[0].send_signal(number)
-        done = launch.result()
-    assert time.time() - killed < 60
-    assert done.returncode == 1
-    assert_one_error_line(done.stderr, f"rank 1: ended by {number.name}")
-    assert processes_of(job) == []
-
-
-def is_watched(process, rank):
-    """Whether a process does the work of a rank, and is not the one that watches it."""
-    names = ("RANK", "OFFLOAD_TEST_JOB")
-    try:
-        mine, parents = process.environ(), process.parent().environ()
-    except (psutil.Error, AttributeError):
-        return False
-    return mine.get("RANK") == str(rank) and all(mine.get(name) == parents.get(name) for name in names)
 
 
 # Several machines

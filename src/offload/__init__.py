@@ -1,1 +1,1 @@
-"""Ours beside DeepSpeed: overlapped Adam, the floor, host memory, several ranks."""
+"""Ours beside DeepSpeed: overlapped Adam, the floor, host memory, the supervisor and the ranks of a job."""

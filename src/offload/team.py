@@ -8,7 +8,8 @@ import torch
 from src.config import RunConfig
 from src.measure import Measurement, PhasePeaks
 from src.offload import ranks
-from src.utils import error_line, is_rank0
+from src.record import Record
+from src.utils import is_rank0
 
 
 def gathered(value: Any) -> list[Any]:
@@ -67,4 +68,8 @@ class Ranks:
         """The first rank has printed the report; another tells only if it alone ran out of memory."""
         if not is_rank0():
             ranks.give_way()
-            error_line(f"{ranks.name()}out of GPU memory, see {config.record_file}")
+            ranks.tell(f"{ranks.name()}out of GPU memory, see {config.record_file}")
+
+    def leave_draft(self, record: Record, config: RunConfig) -> None:
+        """Leave with the supervisor the record that it completes and saves if this job is ended from outside."""
+        ranks.leave_draft(record.model_dump(by_alias=True), config.record_file)

@@ -42,6 +42,7 @@ class Team(Protocol):
     def largest(self, own: int | None) -> int | None: ...
     def total(self, own: int) -> int: ...
     def tell_out_of_memory(self, config: RunConfig) -> None: ...
+    def leave_draft(self, record: Record, config: RunConfig) -> None: ...
 
 
 class Alone:
@@ -64,6 +65,9 @@ class Alone:
     def tell_out_of_memory(self, config: RunConfig) -> None:
         pass
 
+    def leave_draft(self, record: Record, config: RunConfig) -> None:
+        pass
+
 
 class Recorder:
     """Opens, fills and finishes the record of one run."""
@@ -80,6 +84,7 @@ class Recorder:
         """Raises `UsageError`, with nothing recorded, if a folder that the run writes to cannot be written."""
         if self._team.keeps:
             check_folders(self.config)
+            self._team.leave_draft(self.record, self.config)
         if self.record.mode == "measured" and torch.cuda.is_available():
             self._watch.attach()
         return self

@@ -1,0 +1,139 @@
+"""What is checked before a job of several ranks begins, and the record that is kept of one that was ended."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+
+import pytest
+import torch
+
+from src import records
+from src.config import OffloadConfig
+from src.offload import command, job, join, kept_record, ranks, variables
+from src.utils import UsageError
+from tests.helpers import ROOT, assert_one_error_line
+from tests.made_up import NONE, failed, make, out_of_memory
+
+
+@pytest.mark.parametrize(
+    ("before", "since", "kind", "kept"),
+    [
+        (None, None, "Killed", "error"),
+        ("ok", None, "Killed", "error"),
+        ("ok", None, "Interrupted", "ok"),  # which says nothing against the run before
+        (None, "ok", "Killed", "ok"),
+        (None, "oom", "Killed", "oom"),
+        (None, "error", "Killed", "error"),  # a rank that lost the other blames the network
+    ],
+)
+def test_record_says_what_happened_unless_the_run_had_its_result(tmp_path, before, since, kind, kept):
+    path, started = tmp_path / "record.json", time.time() - 10
+    made_up = {"ok": make, "error": failed, "oom": out_of_memory}
+    for status, moment in ((before, started - 10), (since, started + 5)):
+        if status:
+            path.write_text(json.dumps(made_up[status](NONE, 1, config=OffloadConfig)))
+            os.utime(path, (moment, moment))
+    notes, unchanged = job.Job(tmp_path), path.exists() and path.read_text()
+    kept_record.keep(notes, kind, "rank 1", started)
+    assert (path.exists() and path.read_text()) == unchanged  # no draft: there was no run yet
+    notes.note("draft", {"path": str(path), "record": make(NONE, 1, config=OffloadConfig, status=None)})
+    kept_record.keep(notes, kind, "rank 1", started)
+    record = records.load(path)
+    assert record["status"] == kept
+    assert kept != "error" or record["error"] == {"type": kind, "message": "rank 1"}
+
+
+# Before a job begins
+
+
+def test_ports_of_two_jobs_differ_and_ranks_can_listen_there():
+    with command.port_flags([]) as one, command.port_flags([]) as other:
+        assert one[1] != other[1]
+        store = torch.distributed.TCPStore("127.0.0.1", int(one[1]), 2, is_master=True, wait_for_workers=False)
+        assert store.port == int(one[1])
+        taken = ["--master_port", one[1]]
+        with pytest.raises(UsageError, match=f"{one[1]} is in use"), command.port_flags(taken):
+            pass
+        for elsewhere in (["--hostfile", "h"], ["--hostfile", "h", "--no_ssh", "--node_rank", "1"]):
+            with command.port_flags([*elsewhere, *taken]) as flags:
+                assert flags == []
+
+
+def test_deepspeed_that_is_not_on_the_path_is_run_as_a_module(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert command.launcher()[1:] == ["-m", "deepspeed.launcher.runner"]
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="not installed"):
+        command.launcher()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": "abc"},
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "0"},
+        {"WORLD_SIZE": "1", "RANK": "5"},
+        {"MASTER_PORT": "99999"},
+        {"DS_ACCELERATOR": "garbage"},
+    ],
+    ids=str,
+)
+def test_environment_that_cannot_be_is_a_usage_error(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.name() == ""
+    with pytest.raises(UsageError, match=next(iter(reversed(variables)))):
+        ranks.check_environment()
+
+
+@pytest.mark.parametrize(("rank", "whom"), [(0, "rank 1 of 2"), (1, "rank 0 at 127.0.0.1")])
+def test_lone_rank_says_whom_it_waits_for_and_ends(monkeypatch, capsys, rank, whom):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    places = {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in places.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"waited 1 s in vain for {whom}"):
+        join.meet(bound_s=1, silent_s=0)
+    assert f"rank {rank}: waiting up to 1 s for {whom}" in capsys.readouterr().err
+
+
+KNOWN = variables.known_variables((ROOT / "run_ds.sh").read_text())
+
+
+@pytest.mark.parametrize(
+    "name", ["BATCH_SIZE", "SEQ_LENGTH", "ENABLE_FOO", "NUM_GPU", "LR", "MAX_STEPS", "LEARNING_RAET"]
+)
+def test_variable_that_is_meant_for_the_script_is_found(name):
+    assert variables.is_meant(name, KNOWN)
+
+
+def test_variables_of_others_are_not_ours():
+    others = "NODE_NAME NUM_CPUS DEBUG LOG_DIR OMP_NUM_THREADS WORLD_SIZE CUDA_VISIBLE_DEVICES SLURM_NTASKS HF_HOME"
+    names = [name for name in [*others.split(), *os.environ] if name not in KNOWN]
+    assert not [name for name in names if variables.is_meant(name, KNOWN)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"BATCH_SIZE": "1"}, "no variable BATCH_SIZE (did you mean PER_DEVICE_TRAIN_BATCH_SIZE?)"),
+        ({"ENABLE_FLCE": "0", "ENABLE_LIGER_FLCE": "1"}, "set one of them"),
+        ({"HOSTFILE": "hosts"}, "'-oProxyCommand=id' is no name of a machine"),
+        ({"MASTER_ADDR": "-x"}, "MASTER_ADDR must be"),
+        ({"DS_ACCELERATOR": "garbage"}, "DS_ACCELERATOR must be"),
+    ],
+    ids=str,
+)
+def test_bad_variable_of_the_shell_script_is_one_line(tmp_path, settings, text):
+    (tmp_path / "hosts").write_text("-oProxyCommand=id slots=1\n")
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        ["bash", ROOT / "run_ds.sh"], env=environment | settings, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_error_line(done.stderr, text)
