@@ -18,14 +18,14 @@ os.environ |= {
 import pytest
 import torch
 
-from src import interpreter
+from src.check import interpreter
 
 VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 HAS_GPU = torch.cuda.is_available()
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests, whether the machine has a GPU or not
 interpreter.enable()
 
-from src.kernel_check import patched  # noqa: E402 - imports Triton
+from src.model_utils import patched  # noqa: E402 - imports Triton
 
 CPU_ONLY = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
 SEED = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**31))

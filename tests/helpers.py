@@ -7,23 +7,24 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from src.config import RunConfig, Strategy
+from src.config import RunConfig
+from src.techniques import KERNEL_NAMES, kernels_only
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "all_gpu_liger_kernel.py"
-HUGGING_FACE = Strategy.only()
-STRATEGIES = [HUGGING_FACE, *(Strategy.only(name) for name in Strategy().kernels), Strategy()]
+HUGGING_FACE = kernels_only()
+STRATEGIES = [HUGGING_FACE, *(kernels_only(name) for name in KERNEL_NAMES), kernels_only(*KERNEL_NAMES)]
 
 
 def strategy_id(strategy):
     """A strategy's name as a test id."""
-    return "+".join(strategy.kernels) or "none"
+    return "+".join(name for name, is_on in strategy.items() if is_on) or "none"
 
 
 def tiny_config(**fields):
     """A `RunConfig` that builds and trains on a CPU in a moment; Hugging Face's code unless told otherwise."""
     defaults = {"model_name": "tiny-llama", "batch_size": 1, "seq_length": 16, "dtype": "fp32", "device": "cpu"}
-    return RunConfig(**{"strategy": HUGGING_FACE, **defaults, **fields})
+    return RunConfig(**{**HUGGING_FACE, **defaults, **fields})
 
 
 def write_llama_folder(folder, **shape):
