@@ -1,0 +1,483 @@
+"""Studies: which runs a grid has, what becomes of each, and that nothing is lost or run twice.
+
+A run is a process forked from the study, and here the study is this process, with a script of the tests' own in place
+of the real one: no GPU, and a run takes a moment.
+"""
+
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import signal
+import sys
+import types
+from collections import Counter
+
+import pytest
+
+import all_gpu_liger_kernel
+import deepspeed_liger_kernel
+from src import machine
+from src.config import RunConfig
+from src.experiment import Script
+from src.record import Failure, load_all, save
+from src.record.recorder import new_record
+from src.study import __main__ as study
+from src.study import grids, sweep
+from src.study.grids import grid_axes, strategy_of, tasks
+from src.techniques import KERNEL_NAMES, STRATEGIES, TITLES, kernels_only
+from src.utils import ExitStatus, UsageError
+from tests.helpers import assert_one_error_line, write_llama_folder
+
+GPU = "NVIDIA Imaginary 1000"
+SCRIPTS = {"all_gpu": all_gpu_liger_kernel.SCRIPT, "deepspeed": deepspeed_liger_kernel.SCRIPT}
+
+
+# Grids
+
+
+def runs(*words, script="all_gpu", flags=("--device=cuda",), **options):
+    return [task.config for task in tasks(grid_axes(words), SCRIPTS[script], list(flags), **options)]
+
+
+BATCH = {(size, 1024) for size in (1, 4, 8, 16, 32, 64, 96, 112)}
+SEQUENCE = {(4, length) for length in (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576)}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("grid", "sizes"), [("batch", BATCH), ("sequence", SEQUENCE), ("study", BATCH | SEQUENCE)])
+def test_grids_are_the_originals_strategy_by_strategy_and_the_smallest_first(script, grid, sizes):
+    found = [(run.title, run.batch_size, run.seq_length) for run in runs(grid, script=script)]
+    assert Counter(found) == Counter((title, *size) for title in TITLES.values() for size in sizes)
+    assert [title for title, _ in itertools.groupby(title for title, *_ in found)] == list(TITLES.values())
+    for title in TITLES.values():
+        tokens = [batch * length for name, batch, length in found if name == title]
+        assert tokens == sorted(tokens)
+
+
+def test_axes_are_multiplied_over_any_setting_and_equal_runs_are_one():
+    found = runs("strategy=all,none", "batch_size=8,1,8", "gradient_checkpointing=0,1", "dtype=bf16,fp32")
+    settings = [(run.title, run.batch_size, run.gradient_checkpointing, run.dtype) for run in found]
+    kernels = ("All Liger Kernel", "No Liger Kernel")
+    assert Counter(settings) == Counter(itertools.product(kernels, (1, 8), (False, True), ("bf16", "fp32")))
+    assert settings[0][0] == "All Liger Kernel"  # the order of the command line
+    # Runs that can share an engine stand together.
+    shared = [(title, checkpointing, dtype) for title, _, checkpointing, dtype in settings]
+    assert len(list(itertools.groupby(shared))) == 8
+    (several,) = runs("strategy=all", script="deepspeed", flags=["--device=cuda", "--preset=fast"], num_gpus=4)
+    assert (several.world_size, several.preset, several.optimizer) == (4, "fast", "overlapped_cpu_adam")
+
+
+@pytest.mark.parametrize(
+    ("word", "kernels"),
+    [
+        ("none", ()),
+        ("no_flce", ("rope", "swiglu", "rms_norm")),
+        ("all", KERNEL_NAMES),
+        ("flce+rope", ("rope", "flce")),
+    ],
+)
+def test_words_for_strategies(word, kernels):
+    assert strategy_of(word) == kernels_only(*kernels)
+    (run,) = runs(f"strategy={word}")
+    assert run.kernels == kernels
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["everything"], "'everything' is no grid"),
+        (["batch", "seq_length=64"], "'batch' is no grid"),
+        (["batch_size=1,,2"], "is no grid"),
+        (["batch_size=1", "batch_size=2"], "batch_size is given twice"),
+        (["strategy=rope+norms"], "unknown kernel"),
+    ],
+)
+def test_grid_that_cannot_be_is_a_usage_error(words, text):
+    with pytest.raises(UsageError, match=text):
+        runs(*words)
+
+
+# A study over a script of the tests' own
+
+
+def finish(config, status="ok", **fields):
+    """What a script does at its end: save the record of `config`."""
+    mode = "predicted" if config.dry_run else "measured"
+    peak = 2**20 * config.tokens_per_step if status == "ok" else None
+    record = new_record(config, mode, {"gpu": GPU}, **{"status": status, "peak_memory_bytes": peak, **fields})
+    save(record, config.record_file, str)
+    return {"ok": ExitStatus.DONE, "oom": ExitStatus.OUT_OF_MEMORY, "error": ExitStatus.FAILED}[status]
+
+
+def run_out_of_memory(config):
+    full = Failure(type="OutOfMemoryError", message="full", requested_bytes=3, free_bytes=2, allocated_bytes=1)
+    return finish(config, status="oom", error=full)
+
+
+def room_for(tokens):
+    return lambda config: run_out_of_memory(config) if config.tokens_per_step > tokens else finish(config)
+
+
+class FakeScript:
+    """Stands for all_gpu_liger_kernel.py: `behave(config)` is its main. Keeps a journal of what ran."""
+
+    def __init__(self, folder, run_study):
+        self.results, self.journal, self.behave, self._run_study = folder / "results", folder / "ran", finish, run_study
+        self.defaults = RunConfig(result_dir=str(self.results))
+        self.script = Script(
+            name="fake_script", defaults=self.defaults, cpu_defaults={}, build_experiment=None, main=self.main
+        )
+
+    def main(self, config):
+        with self.journal.open("a") as file:
+            print(json.dumps([config.run_name, os.getpid(), sys.argv]), file=file)
+        return self.behave(config)
+
+    def ran(self):
+        """Name, process and arguments of the runs that began since this was last asked."""
+        lines = self.journal.read_text().splitlines() if self.journal.exists() else []
+        self.journal.unlink(missing_ok=True)
+        return [json.loads(line) for line in lines]
+
+    def __call__(self, *arguments):
+        """Exit status, stdout and stderr of a study."""
+        return self._run_study(*arguments, "--device=cuda")
+
+    def found(self):
+        """(batch size, length) -> status and mode, of one strategy."""
+        every = load_all([self.results])
+        by_size = {(r.config["batch_size"], r.config["seq_length"]): (r.status, r.mode) for r in every}
+        assert len(by_size) == len(every)
+        return by_size
+
+    def contents(self):
+        return {path: path.read_bytes() for path in self.results.iterdir()}
+
+
+@pytest.fixture
+def run_study(monkeypatch, capfd):
+    def run_study(*arguments):
+        monkeypatch.setattr(sys, "argv", ["study", *arguments])
+        status = study.main()
+        return status, *capfd.readouterr()
+
+    return run_study
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path, run_study):
+    fake = FakeScript(tmp_path, run_study)
+    module = types.ModuleType("fake_script")
+    module.SCRIPT = fake.script
+    monkeypatch.setitem(sys.modules, "fake_script", module)
+    monkeypatch.setitem(grids.SCRIPTS, "all_gpu", "fake_script")
+    monkeypatch.setattr(machine, "environment", lambda on_gpu: {"gpu": GPU if on_gpu else None})
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+def test_every_run_leaves_its_record_and_what_has_one_is_not_run_again(script):
+    grid = ("batch_size=1,4", "seq_length=64,128", "strategy=none,all")
+    status, stdout, stderr = script(*grid)
+    assert (status, stderr) == (0, "")
+    ran = [name for name, *_ in script.ran()]
+    assert len(ran) == len(set(ran)) == 8
+    assert {path.stem for path in script.results.glob("*.json")} == set(ran)
+    assert not list(script.results.glob("*.log"))
+    assert "No Liger Kernel, 1 x 64: peak 0.06 GiB" in stdout
+    before = script.contents()
+    status, stdout, stderr = script(*grid)
+    assert (status, stderr, script.ran()) == (0, "", [])
+    assert "8 of 8 cells have a record already" in stdout
+    assert script.contents() == before
+    assert script("batch_size=1,4", "seq_length=64,256", "strategy=all")[0] == 0  # a grid that overlaps
+    assert len(script.ran()) == 2
+
+
+def test_flags_go_to_the_script_as_they_are(script):
+    flags = ["--dtype", "fp32", "--gradient_checkpointing=0", "--seed", "7", "--memory_limit_gib", "9"]
+    assert script("batch_size=2", "strategy=rope", *flags)[0] == 0
+    ((_, _, argv),) = script.ran()
+    assert (argv[0], argv[-len(flags) - 1 : -1]) == ("fake_script.py", flags)
+    (record,) = load_all([script.results])
+    values = {"dtype": "fp32", "gradient_checkpointing": False, "seed": 7, "memory_limit_gib": 9.0, "batch_size": 2}
+    asked = {"device": "cuda", "snapshot_dir": "", "log_dir": ""}  # of a whole grid only if asked for
+    assert record.run == dataclasses.replace(script.defaults, **kernels_only("rope"), **values, **asked)
+
+
+# What becomes of a run: what it does, type of the error recorded, what the message says
+
+
+def kill_itself(number):
+    return lambda config: os.kill(os.getpid(), number)
+
+
+def raise_error(error):
+    def act(config):
+        raise error
+
+    return act
+
+
+def print_and_fail(config):
+    print("the last words", file=sys.stderr, flush=True)
+    return ExitStatus.FAILED
+
+
+def write_garbage(config):
+    config.record_file.write_bytes(b'{"schema": 1, "status": "o')
+    return ExitStatus.DONE
+
+
+def hang(config):
+    while True:
+        signal.pause()
+
+
+ENDINGS = {
+    "segmentation fault": (kill_itself(signal.SIGSEGV), "Killed", "SIGSEGV"),
+    "killed": (kill_itself(signal.SIGKILL), "Killed", "SIGKILL; the system may have had too little host memory"),
+    "exception": (raise_error(RuntimeError("one\ntwo")), "Failed", "exit status 1: RuntimeError: one two"),
+    "bad arguments": (raise_error(UsageError("take another")), "Failed", "exit status 2: take another"),
+    "last words": (print_and_fail, "Failed", "exit status 1: the last words"),
+    "exit of the process": (lambda config: os._exit(7), "Failed", "exit status 7: it printed nothing"),
+    "success without a record": (lambda config: ExitStatus.DONE, "Failed", "exit status 0"),
+    "half a record": (write_garbage, "Failed", "exit status 0"),
+    "error of its own": (
+        lambda config: finish(config, status="error", error=Failure(type="ValueError", message="its own words")),
+        "ValueError",
+        "its own words",
+    ),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_failed_run_is_recorded_as_what_it_was_and_the_study_goes_on(script, ending):
+    act, kind, message = ENDINGS[ending]
+    script.behave = lambda config: act(config) if config.batch_size == 1 else finish(config)
+    status, stdout, stderr = script("batch_size=1,2", "strategy=all")
+    assert status == 1
+    assert_one_error_line(stderr, "1 cells failed")
+    failed, finished = sorted(load_all([script.results]), key=lambda record: record.config["batch_size"])
+    assert (failed.status, failed.mode, failed.error.type, finished.status) == ("error", "measured", kind, "ok")
+    assert message in failed.error.message
+    assert failed.environment.gpu == GPU
+    assert f"failed: {failed.error.message}" in stdout
+    script.behave = finish
+    script.ran()
+    assert script("batch_size=1,2", "strategy=all")[0] == 0  # failures are tried again
+    assert [name for name, *_ in script.ran()] == [failed.run_name]
+
+
+def test_run_that_hangs_is_ended_with_what_it_started(script):
+    child = script.results.parent / "child"
+
+    def hang_with_child(config):
+        pid = os.fork()
+        child.write_text(str(pid or os.getpid()))
+        hang(config)
+
+    script.behave = hang_with_child
+    assert script("batch_size=1", "strategy=all", "--timeout_s=1")[0] == 1
+    (record,) = load_all([script.results])
+    assert (record.status, record.error.type) == ("error", "TimedOut")
+    assert not is_alive(script.ran()[0][1])
+    assert not child.exists() or not is_alive(int(child.read_text()))
+
+
+def is_alive(pid):
+    """Whether a process runs; one that ended and that nobody has waited for yet does not."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# Runs that need not be made
+
+
+def test_runs_beyond_one_that_ran_out_of_memory_are_inferred(script):
+    script.behave = room_for(1500)
+    grid = ("batch_size=1,2,4", "seq_length=512,1024,2048", "strategy=all")
+    status, stdout, stderr = script(*grid)
+    assert (status, stderr, stdout.count("out of memory (inferred)")) == (0, "", 3)
+    # 1 x 2048 and 2 x 1024 are neither within nor beyond one another; 4 x 512 is beyond neither.
+    fits, full = {(1, 512), (2, 512), (1, 1024)}, {(1, 2048), (2, 1024), (4, 512)}
+    beyond = {(2, 2048), (4, 1024), (4, 2048)}
+    assert script.found() == {
+        **dict.fromkeys(fits, ("ok", "measured")),
+        **dict.fromkeys(full, ("oom", "measured")),
+        **dict.fromkeys(beyond, ("oom", "inferred")),
+    }
+    assert len(script.ran()) == 6
+    every = load_all([script.results])
+    names = {record.run_name: record for record in every if record.mode == "measured" and record.status == "oom"}
+    for record in (record for record in every if record.mode == "inferred"):
+        (proof,) = (names[name] for name in names if f" {name} " in record.error.message)
+        assert (record.error.type, record.environment.gpu, record.peak_memory_bytes) == ("Inferred", GPU, None)
+        assert proof.run.batch_size <= record.run.batch_size
+        assert proof.run.seq_length <= record.run.seq_length
+    # What was inferred is no evidence and no result: it is inferred again, or measured if asked for.
+    script(*grid)
+    assert script.ran() == []
+    script(*grid, "--every_cell")
+    assert len(script.ran()) == 3
+    assert {mode for _, mode in script.found().values()} == {"measured"}
+
+
+@pytest.mark.parametrize(
+    "axis", ["gradient_checkpointing=1,0", "dtype=bf16,fp32", "memory_limit_gib=24,23", "seed=1,2"]
+)
+def test_nothing_is_inferred_across_settings(script, axis):
+    script.behave = run_out_of_memory
+    assert script("batch_size=1,2", "seq_length=512", "strategy=all", axis)[0] == 0
+    found = Counter((record.run.batch_size, record.mode) for record in load_all([script.results]))
+    assert found == {(1, "measured"): 2, (2, "inferred"): 2}
+
+
+def test_inferred_record_is_no_evidence_for_a_later_study(script):
+    script.behave = room_for(1500)
+    script("batch_size=1,2,4", "seq_length=1024", "strategy=all")
+    script.behave = finish
+    assert script("batch_size=4,8", "seq_length=1024", "strategy=all")[0] == 0  # 2 x 1024 is not in this grid
+    assert script.found()[4, 1024] == script.found()[8, 1024] == ("ok", "measured")
+
+
+def test_run_that_never_met_its_limit_answers_for_the_one_without(script):
+    def limited_card(config):
+        if config.memory_limit_gib is None:
+            return finish(config)
+        retries = {1: 0, 2: 3, 4: None}[config.batch_size]  # None: the record does not say
+        return finish(config, allocation_retries=retries)
+
+    script.behave = limited_card
+    grid = ("batch_size=1,2,4", "strategy=all")
+    assert script(*grid, "--memory_limit_gib=24")[0] == 0
+    script.ran()
+    status, stdout, _ = script(*grid)
+    assert (status, len(script.ran())) == (0, 2)
+    assert "1 of 3 cells have a record already, 1 of them under a memory limit that they never met" in stdout
+    assert script(*grid, "--memory_limit_gib=23")[0] == 0  # what is known without a limit says nothing of one
+    assert len(script.ran()) == 3
+
+
+def test_runs_that_differ_in_size_alone_share_a_process_where_the_script_can(script):
+    shared = dataclasses.replace(script.script, main_for_many=lambda: script.main)
+    sys.modules["fake_script"].SCRIPT = shared
+    assert script("batch_size=1,2", "seq_length=64,128", "strategy=none,all")[0] == 0
+    processes = [pid for _, pid, _ in script.ran()]
+    assert [len(list(group)) for _, group in itertools.groupby(processes)] == [4, 4]
+    # What one run leaves behind is not the next one's: after a failure comes another process.
+    script.behave = lambda config: run_out_of_memory(config) if config.batch_size == 3 else finish(config)
+    assert script("batch_size=3,4", "strategy=none", "seq_length=64", "--every_cell")[0] == 0
+    first, second = script.ran()
+    assert first[1] != second[1]
+
+
+# What is refused, and what disturbs a study
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_interrupted_study_ends_its_run_and_goes_on_where_it_was(script, number):
+    def interrupt(config):
+        if config.batch_size == 2:
+            os.kill(os.getppid(), number)
+            hang(config)
+        return finish(config)
+
+    script.behave = interrupt
+    grid = ("batch_size=1,2,4", "strategy=all")
+    status, _, stderr = script(*grid)
+    assert status == 130
+    assert_one_error_line(stderr, "interrupted; the same command goes on where this one was")
+    first, second = script.ran()
+    assert not is_alive(second[1])
+    assert [record.run_name for record in load_all([script.results])] == [first[0]]  # the other did not fail
+    script.behave = finish
+    assert script(*grid)[0] == 0
+    assert len(script.ran()) == 2
+
+
+@pytest.mark.parametrize("act", [finish, run_out_of_memory])
+def test_records_of_another_gpu_are_refused(script, monkeypatch, act):
+    script.behave = act
+    assert script("batch_size=1", "strategy=all")[0] == 0
+    before = script.contents()
+    monkeypatch.setattr(machine, "environment", lambda on_gpu: {"gpu": "NVIDIA Other"})
+    script.ran()
+    status, _, stderr = script("batch_size=1,2", "strategy=all")
+    assert (status, script.ran(), script.contents()) == (2, [], before)
+    assert_one_error_line(stderr, f"{script.results} has records of {GPU}: take another --result_dir")
+    assert script("batch_size=3", "strategy=all")[0] == 0  # another grid has no run in common with those
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"schema": 99}', b"[]", b"my notes"])
+def test_file_that_is_no_record_is_not_replaced(script, content):
+    script("batch_size=2", "strategy=all")
+    (path,) = script.results.glob("*.json")
+    path.write_bytes(content)
+    script.ran()
+    status, _, stderr = script("batch_size=1,2", "strategy=all")
+    assert (status, script.ran(), path.read_bytes()) == (2, [], content)
+    assert_one_error_line(stderr, f"{path} is not a record")
+
+
+def test_folder_that_cannot_be_written_is_one_line_before_anything_runs(script, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    status, stdout, stderr = script("batch_size=1,2", "strategy=all", "--result_dir=file/below")
+    assert (status, stdout, script.ran(), (tmp_path / "file").read_text()) == (2, "", [], "kept")
+    assert_one_error_line(stderr, "--result_dir: cannot write to")
+
+
+def test_disk_that_fills_up_ends_the_study_in_one_line_and_loses_nothing(script, monkeypatch):
+    def full_disk(record, path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    script.behave = lambda config: finish(config) if config.batch_size == 1 else os._exit(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "save", full_disk)  # the study's own record of the failure
+        status, _, stderr = script("batch_size=1,2", "strategy=all")
+    assert status == 1
+    assert_one_error_line(stderr, "No space left on device")
+    assert list(script.found().values()) == [("ok", "measured")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["everything"], "'everything' is no grid"),
+        (["batch_size=0"], "--batch_size must be"),
+        (["batch_size=1", "--gpu_memory_gib=3"], "--gpu_memory_gib is for --dry_run"),
+    ],
+)
+def test_bad_grid_or_value_is_status_2_and_runs_nothing(script, arguments, text, capfd):
+    try:
+        status, _, stderr = script(*arguments)
+    except SystemExit as end:
+        status, stderr = end.code, capfd.readouterr().err
+    assert (status, script.ran()) == (2, [])
+    assert text in stderr
+    assert not script.results.exists()
+
+
+def test_without_a_gpu_the_study_says_what_can_be_done(run_study, tmp_path):
+    status, _, stderr = run_study("study", f"--result_dir={tmp_path}")
+    assert status == 2
+    assert_one_error_line(stderr, "no GPU here: --dry_run predicts the grid")
+
+
+def test_real_script_predicts_a_grid(run_study, tmp_path):
+    model = write_llama_folder(tmp_path / "model", num_hidden_layers=1)
+    flags = ["--dry_run", "--model_name", model, "--dtype=fp32", f"--result_dir={tmp_path / 'results'}"]
+    status, _, stderr = run_study("batch_size=2", "seq_length=32", "strategy=none,all", *flags)
+    assert (status, stderr) == (0, "")
+    found = load_all([tmp_path / "results"])
+    assert {record.run.title for record in found} == {TITLES["none"], TITLES["all"]}
+    assert len(found) == len(STRATEGIES) - 1
+    for record in found:
+        assert (record.status, record.mode, record.run.dtype, record.run.batch_size) == ("ok", "predicted", "fp32", 2)
+        assert sum(record.peak_breakdown.values()) == record.peak_memory_bytes
+    assert {path.suffix for path in (tmp_path / "results").iterdir()} == {".json", ".txt"}
