@@ -6,6 +6,7 @@ of the real one: no GPU, and a run takes a moment.
 
 import dataclasses
 import errno
+import faulthandler
 import itertools
 import json
 import os
@@ -211,7 +212,11 @@ def test_flags_go_to_the_script_as_they_are(script):
 
 
 def kill_itself(number):
-    return lambda config: os.kill(os.getpid(), number)
+    def act(config):
+        faulthandler.disable()  # pytest's, which prints where
+        os.kill(os.getpid(), number)
+
+    return act
 
 
 def raise_error(error):
