@@ -28,6 +28,8 @@ GPU = "NVIDIA Imaginary 1000"
 BATCH_FIGURES = ["comparison_2_strategies.png", "comparison_3_strategies.png", "latency.png"]
 LENGTH_FIGURES = ["comparison_fixed_batch_4_2_strategies.png", "comparison_fixed_batch_4_3_strategies.png"]
 
+FAST = OffloadConfig(preset="fast", **PRESETS["fast"])
+
 ABSENT = {
     "OOM": {"status": "oom", "error": Failure(type="OutOfMemoryError", message="full")},
     "OOM*": {"status": "oom", "mode": "inferred", "error": Failure(type="Inferred", message="not run")},
@@ -53,10 +55,13 @@ def record(strategy, batch_size, seq_length=1024, *, config=None, absent=None, g
         "throughput_tokens_per_s": config.tokens_per_step / latency,
         "mfu": 0.4,
     }
-    told = {"status": "ok", "mode": "measured", **figures_of_run, **values} if absent is None else ABSENT[absent]
-    environment = {"gpu": gpu, "date": date, **{key: values.pop(key) for key in ("torch",) if key in values}}
-    told.pop("torch", None)
-    return new_record(config, told.pop("mode", "measured"), environment, **told)
+    told = (
+        {"status": "ok", "mode": "measured", **figures_of_run}
+        if absent is None
+        else {"mode": "measured", **ABSENT[absent]}
+    )
+    environment = {"gpu": gpu, "date": date, "torch": values.pop("torch", None)}
+    return new_record(config, environment=environment, **told | values)
 
 
 def predicted(*cell, **values):
@@ -137,16 +142,10 @@ def test_only_figures_whose_cells_are_there(cells, names):
     assert drawn([record(NONE, *cell) for cell in cells]) == {}  # one strategy alone is not compared
 
 
-@pytest.mark.parametrize(
-    ("file", "strategies"),
-    [
-        ("comparison_2_strategies.png", (NONE, ALL)),
-        ("comparison_3_strategies.png", (NONE, NO_FLCE, ALL)),
-        ("comparison_fixed_batch_4_3_strategies.png", (NONE, NO_FLCE, ALL)),
-    ],
-)
-def test_bars_are_the_records_figures(file, strategies):
+@pytest.mark.parametrize("file", [*BATCH_FIGURES[:2], LENGTH_FIGURES[1]])
+def test_bars_are_the_records_figures(file):
     found, by_length = study(), "fixed" in file
+    strategies = (NONE, ALL) if "_2_" in file else (NONE, NO_FLCE, ALL)
     figure = drawn(found)[file]
     expected = {
         (r.run.title, f"{r.run.seq_length if by_length else r.run.batch_size:,}"): r
@@ -206,8 +205,7 @@ def test_kernels_beyond_the_three_strategies_are_drawn_as_strategies_of_their_ow
 
 
 def test_other_settings_have_files_of_their_own_with_two_strategies_only_if_not_with_three():
-    offload = OffloadConfig(preset="fast", **PRESETS["fast"])
-    three = [record(name, size, config=offload) for name in TITLES.values() for size in (1, 2)]
+    three = [record(name, size, config=FAST) for name in TITLES.values() for size in (1, 2)]
     two = [record(name, size, dtype="fp32", gpu="NVIDIA X") for name in (NONE, ALL) for size in (1, 2)]
     lone = [record(ALL, size, seed=7) for size in (1, 2)]
     named = drawn(study() + three + two + lone)
@@ -283,44 +281,31 @@ def test_predictions_stand_beside_the_runs_they_are_of():
 # Tables
 
 SETTINGS = f"Llama-3.2-1B-Instruct, bf16, gradient checkpointing, {GPU}"
-OURS = OffloadConfig(preset="fast", **PRESETS["fast"])
-ROWS = [
-    (
-        record(NONE, 8, seconds=[0.5, 1.0, 1.5], peak_memory_bytes=int(1234.5 * GIB), mfu=0.12345),
-        f"{NONE};8;1,024;{SETTINGS};measured;1,234.50;1,000.0;500.0;8,192;12.3%",
+FRONTIER = Frontier(searched="batch_size", limit_bytes=9, predicted=17)
+OFFLOADED = SETTINGS.replace("bf16, ", "bf16, ZeRO-3 offload, preset fast, ")
+ROWS = {
+    f"{NONE};8;1,024;{SETTINGS};measured;1,234.50;1,000.0;500.0;8,192;12.3%": record(
+        NONE, 8, seconds=[0.5, 1.0, 1.5], peak_memory_bytes=int(1234.5 * GIB), mfu=0.12345
     ),
-    (record(NONE, 16, absent="OOM*"), f"{NONE};16;1,024;{SETTINGS};OOM*;;;;;"),
-    (record(NO_FLCE, 8, absent="failed"), f"{NO_FLCE};8;1,024;{SETTINGS};failed;;;;;"),
-    (
-        record(ALL, 8, 16384, absent="OOM", memory_limit_gib=24.0),
-        f"{ALL};8;16,384;{SETTINGS}, limited to 24 GiB;OOM;;;;;",
+    f"{NONE};16;1,024;{SETTINGS};OOM*;;;;;": record(NONE, 16, absent="OOM*"),
+    f"{NO_FLCE};8;1,024;{SETTINGS};failed;;;;;": record(NO_FLCE, 8, absent="failed"),
+    f"{ALL};8;4,096;{SETTINGS}, limited to 24 GiB;OOM;;;;;": record(ALL, 8, 4096, absent="OOM", memory_limit_gib=24.0),
+    f"{NO_FLCE};17;1,024;{SETTINGS.replace(GPU, 'NVIDIA H100')}, find_max batch_size;predicted;2.00;;;;": predicted(
+        NO_FLCE, 8, find_max="batch_size", frontier=FRONTIER
     ),
-    (
-        predicted(NO_FLCE, 8, find_max="batch_size",
-                  frontier=Frontier(searched="batch_size", limit_bytes=9, predicted=17)),
-        f"{NO_FLCE};17;1,024;{SETTINGS.replace(GPU, 'NVIDIA H100')}, find_max batch_size;predicted;2.00;;;;",
-    ),
-    (
-        record(ALL, 4, config=OURS),
-        f"{ALL};4;1,024;Llama-3.2-1B-Instruct, bf16, ZeRO-3 offload, preset fast, gradient checkpointing, {GPU};"
-        "measured;2.00;625.0;375.0;6,554;40.0%",
-    ),
-]  # fmt: skip
+    f"{ALL};4;1,024;{OFFLOADED};measured;2.00;625.0;375.0;6,554;40.0%": record(ALL, 4, config=FAST),
+}
 HEADER = ["kernels", "batch", "seq", "settings", "status", "peak GiB", "ms a step", "IQR ms", "tokens/s", "MFU"]
 
 
-@pytest.mark.parametrize(("of", "row"), ROWS)
-def test_row_of_a_record(of, row):
-    assert tables.runs_table([of]) == [HEADER, row.split(";")]
-
-
-def test_tables_are_sorted_and_read_back_as_they_were():
-    found = [of for of, _ in ROWS]
+def test_tables_have_a_sorted_row_for_each_record_and_read_back_as_they_were():
+    for row, of in ROWS.items():
+        assert tables.runs_table([of]) == [HEADER, row.split(";")]
+    found = list(ROWS.values())
     table = tables.runs_table(found)
     assert tables.runs_table(found[::-1]) == table
-    assert [(row[3], row[2], int(row[1])) for row in table[1:]] == sorted(
-        (row[3], row[2], int(row[1])) for row in table[1:]
-    )
+    order = [(row[3], row[2], int(row[1])) for row in table[1:]]
+    assert order == sorted(order)
     rows = list(csv.reader(io.StringIO(tables.FORMATS["csv"](table))))
     assert rows == [[cell.replace(",", "") for cell in row] for row in table]
     lines = tables.FORMATS["markdown"](table).splitlines()
@@ -361,19 +346,12 @@ def test_pictures_of_ones_own_records_else_of_the_study(draw, tmp_path):
     with Image.open(LENGTH_FIGURES[0]) as picture:
         assert picture.format == "PNG"
         assert picture.size == (1800, 720)
+    status, stdout, stderr = draw("--table", "markdown")  # there is nothing else in it
+    assert stdout == tables.FORMATS["markdown"](tables.runs_table(load_all([tmp_path / "study"]))) + "\n"
+    assert (status, "No records in results/" in stderr) == (0, True)
     keep(tmp_path / "here" / "results", record(NONE, 4))
     status, stdout, _ = draw("--table", "csv")
     assert (status, stdout.count("\n"), stdout.splitlines()[1].startswith("No Liger Kernel,4,1024")) == (0, 2, True)
-
-
-@pytest.mark.parametrize("form", tables.FORMATS)
-def test_table_of_the_study_has_nothing_else_in_it(draw, tmp_path, form):
-    keep(tmp_path / "study", *LENGTHS)
-    status, stdout, stderr = draw("--table", form)
-    found = load_all([tmp_path / "study"])
-    assert (status, stdout) == (0, tables.FORMATS[form](tables.runs_table(found)) + "\n")
-    assert "No records in results/" in stderr
-    assert not list((tmp_path / "here").iterdir())
 
 
 def test_folders_that_are_named_are_drawn_together_and_half_written_records_passed_over(draw, monkeypatch, tmp_path):

@@ -1,12 +1,9 @@
 """The offloaded run before it runs: DeepSpeed's settings, overrides, and the host memory that it will take."""
 
-import dataclasses
 import json
 
 import pytest
-import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from transformers import LlamaConfig, get_scheduler
 
 from src.ds_utils import _merged, zero3_config
 from src.measure import Measurement, PhasePeaks
@@ -14,7 +11,6 @@ from src.model_utils import load_model_config, parameter_counts
 from src.offload import host_memory, team
 from src.offload.host_memory import check_host_memory, host_bytes_needed
 from src.offload_config import PRESETS, OffloadConfig
-from src.optimizer_utils import build_scheduler
 from src.record import load
 from src.utils import GIB, UsageError
 from tests.helpers import ROOT
@@ -118,36 +114,6 @@ def test_override_changes_what_it_names_and_nothing_else():
     assert changed == plain
 
 
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ({"ds_override": "{'a': 1}"}, "--ds_override"),
-        ({"ds_override": "[]"}, "--ds_override"),
-        (PRESETS["fast"] | {"dtype": "fp16"}, "bf16"),
-        ({"optimizer_states": "bf16"}, "--optimizer_states"),
-        ({"beta_0": 1.0}, "--beta_0"),
-    ],
-)
-def test_configuration_that_cannot_be_is_a_usage_error(fields, text):
-    with pytest.raises(UsageError, match=text):
-        OffloadConfig(**fields)
-
-
-@pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup"])
-def test_learning_rate_runs_over_the_optimizer_steps_of_the_run(name):
-    config = OffloadConfig(lr_scheduler_type=name, num_warmup_steps=2, warmup=1, iterations=4)
-    rates = []
-    for build in (lambda o: build_scheduler(o, config), lambda o: get_scheduler(name, o, 2, 6)):
-        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
-        scheduler = build(optimizer)
-        for _ in range(6):
-            rates.append(scheduler.get_last_lr()[0])
-            optimizer.step()
-            scheduler.step()
-    assert rates[:6] == rates[6:]
-    assert len(set(rates)) > 2
-
-
 # Host memory
 
 
@@ -164,8 +130,9 @@ def test_host_memory_is_within_a_few_per_cent_of_every_committed_record():
     assert {r.processes for r in found} == {1, 2}
     shape = load_model_config(OffloadConfig())
     for record in found:
-        needed = host_bytes_needed(record.run, shape)
-        assert needed == pytest.approx(record.host_peak_bytes, rel=0.06), record.run_name
+        ratio = host_bytes_needed(record.run, shape) / record.host_peak_bytes
+        # Processes of one machine share pages, so what several take is told too high.
+        assert 0.94 < ratio < (1.06 if record.processes == 1 else 1.10), record.run_name
 
 
 def test_host_memory_is_what_one_works_out_by_hand():
@@ -219,28 +186,3 @@ def test_slowest_and_fullest_ranks_stand_for_the_job(other_rank):
     phases = other_rank(peaks).phases(PhasePeaks({"forward": 7, "backward": 3, "optimizer": 1}, 0.5))
     assert phases == PhasePeaks({"forward": 7, "backward": 6, "optimizer": None}, 0.5)
     assert (other_rank(3).total(4), other_rank(3).largest(4), other_rank(None).largest(4)) == (7, 4, None)
-
-
-def test_counts_are_right_for_shapes_of_any_kind():
-    for heads, shared, tied in ((6, 2, True), (5, 1, False)):
-        shape = LlamaConfig(
-            vocab_size=37, hidden_size=30, intermediate_size=13, num_hidden_layers=3, num_attention_heads=heads,
-            num_key_value_heads=shared, head_dim=4, tie_word_embeddings=tied,
-        )  # fmt: skip
-        layer = 2 * 30 * 4 * (heads + shared) + 3 * 30 * 13 + 2 * 30
-        assert parameter_counts(shape) == (layer, (37 if tied else 2 * 37) * 30 + 30)
-
-
-def test_batch_is_divided_among_micro_batches_and_ranks(monkeypatch):
-    from src.experiment import random_batches_of_rank
-
-    whole = OffloadConfig(batch_size=8, seq_length=16)
-    (batch,) = random_batches_of_rank(999, whole, torch.device("cpu"))
-    parts = dataclasses.replace(whole, batch_size=2, gradient_accumulation_steps=2, world_size=2)
-    found = []
-    for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        found += [micro["input_ids"] for micro in random_batches_of_rank(999, parts, torch.device("cpu"))]
-    assert [len(micro) for micro in found] == [2, 2, 2, 2]
-    assert torch.equal(torch.cat(found), batch["input_ids"])
-    assert parts.tokens_per_step == 8 * 16

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from src.model_utils import build_model
 from src.offload import floor
 from src.offload.floor import floor_seconds, work
+from src.offload.team import combined
 from src.offload_config import OffloadConfig
 from tests.helpers import HUGGING_FACE, write_llama_folder
 
@@ -18,7 +19,6 @@ RATES = {
     "to_host_bytes_per_s": 5.0,
     "host_memory_bytes_per_s": 20.0,
 }
-RUNTIME = SimpleNamespace(release_cache=lambda: None)  # rates are made up
 NO_BYTES = {"forward_to_gpu": 0, "backward_to_gpu": 0, "to_host": 0, "adam": 0}
 
 # Of 300 operations forward and 700 backward: bytes, micro-batches, seconds of forward, backward and Adam, and of all.
@@ -101,39 +101,24 @@ def test_work_is_of_one_micro_batch_and_rank_but_adams_of_the_machine(model, mon
     assert several == (pytest.approx(forward), pytest.approx(backward), pytest.approx(divided))
 
 
-@pytest.fixture
-def ranks(monkeypatch):
-    """Sets this rank's rates (None: the GPU is full), and the inverse rates or the absence of another rank."""
+@pytest.mark.parametrize("full", [None, "mine", "other"])
+def test_floor_of_a_run_is_that_of_the_slowest_rank_or_none_if_one_is_full(model, monkeypatch, full):
+    mine, other = dict(zip(RATES, (1e9, 4e6, 3e6, 9e7))), dict(zip(RATES, (2e9, 2e6, 5e6, 8e7)))
+    theirs = iter([None if full == "other" else 0, *(1 / rate for rate in other.values())])
 
-    def ranks(mine, other):
-        def measure_rates(dtype, runtime):
-            if mine is None:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
-            return dict(zip(RATES, mine))
+    def measure_rates(dtype, runtime):
+        if full == "mine":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return mine
 
-        others = iter([None] if other is None else [0, *(1 / rate for rate in other)])
-
-        def largest(value):
-            theirs = next(others)
-            return None if None in (value, theirs) else max(value, theirs)
-
-        monkeypatch.setattr(floor, "measure_rates", measure_rates)
-        monkeypatch.setattr(floor, "largest", largest)
-
-    return ranks
-
-
-def test_floor_of_a_run_is_that_of_the_slowest_rank(model, ranks):
+    monkeypatch.setattr(floor, "measure_rates", measure_rates)
+    monkeypatch.setattr(floor, "largest", lambda own: combined(max, [[own], [next(theirs)]])[0])
     config = offloaded(gradient_accumulation_steps=2)
-    ranks((1e9, 4e6, 3e6, 9e7), (2e9, 2e6, 5e6, 8e7))
-    slowest = dict(zip(RATES, (1e9, 2e6, 3e6, 8e7)))
-    seconds, parts = floor.of_run(model, config, RUNTIME)
-    expected = floor_seconds(*work(model, config), slowest, 2)
-    assert seconds == pytest.approx(expected.pop("floor_s"))
-    assert parts == pytest.approx(expected | slowest)
-
-
-@pytest.mark.parametrize("rates", [(None, (1, 1, 1, 1)), ((1, 1, 1, 1), None)], ids=["mine", "other"])
-def test_gpu_without_room_has_no_floor(model, ranks, rates):
-    ranks(*rates)
-    assert floor.of_run(model, offloaded(), RUNTIME) == (None, None)
+    seconds, parts = floor.of_run(model, config, SimpleNamespace(release_cache=lambda: None))
+    if full:
+        assert (seconds, parts) == (None, None)
+    else:
+        slowest = {name: min(mine[name], other[name]) for name in RATES}
+        expected = floor_seconds(*work(model, config), slowest, 2)
+        assert seconds == pytest.approx(expected.pop("floor_s"))
+        assert parts == pytest.approx(expected | slowest)
