@@ -6,6 +6,7 @@ Shapes and values are drawn anew in every run. A failing test prints its seed: T
 
 import os
 import random
+import signal
 
 os.environ |= {
     "TRITON_INTERPRET": "1",  # read when Triton is imported
@@ -15,6 +16,7 @@ os.environ |= {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # look for a GPU without initialising CUDA
 }
 
+import hypothesis
 import pytest
 import torch
 
@@ -29,12 +31,32 @@ from src.model_utils import patched  # noqa: E402 - imports Triton
 
 CPU_ONLY = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
 SEED = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**31))
+LIMIT_S = 240  # for a test that hangs; none takes a tenth of it on an idle machine
+
+# A busy machine is no failure. What is found is printed, not kept in a folder, and is short enough not to be shrunk.
+PHASES = [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.shrink]
+hypothesis.settings.register_profile("here", deadline=None, database=None, max_examples=100, phases=PHASES)
+hypothesis.settings.load_profile("here")
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(autouse=True)
+def time_limit():
+    """End a test that hangs."""
+
+    def end(*_):
+        raise TimeoutError(f"the test took longer than {LIMIT_S} s")
+
+    previous = signal.signal(signal.SIGALRM, end)
+    signal.alarm(LIMIT_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.fixture
@@ -48,7 +70,7 @@ def rng(request):
 
 @pytest.fixture(autouse=True)
 def unpatched():
-    """Undo what a test let Liger replace in Hugging Face's Llama."""
+    """Undo what a test let Liger replace in Hugging Face's code."""
     with patched():
         yield
 
@@ -62,7 +84,7 @@ def gpu_environment():
 
 @pytest.fixture(scope="session")
 def compiled_adam():
-    """Both CPU optimizers, compiled: once on a machine, some minutes, which count against no test's own limit."""
+    """Both CPU optimizers, compiled: once on a machine, some minutes, which no test's own limit counts."""
     from src.offload_config import OFFLOAD_OPTIMIZERS, OffloadConfig
     from src.optimizer_utils import build_offload_optimizer
 

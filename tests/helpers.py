@@ -5,26 +5,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-from transformers import LlamaConfig
-
 from src.config import RunConfig
 from src.techniques import KERNEL_NAMES, kernels_only
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "all_gpu_liger_kernel.py"
-HUGGING_FACE = kernels_only()
-STRATEGIES = [HUGGING_FACE, *(kernels_only(name) for name in KERNEL_NAMES), kernels_only(*KERNEL_NAMES)]
+HUGGING_FACE = kernels_only()  # the settings of a run with Hugging Face's own code
+ALL_KERNELS = kernels_only(*KERNEL_NAMES)
+STRATEGIES = [HUGGING_FACE, *map(kernels_only, KERNEL_NAMES), ALL_KERNELS]
 
 
 def strategy_id(strategy):
-    """A strategy's name as a test id."""
+    """The kernels that are on, as a test id."""
     return "+".join(name for name, is_on in strategy.items() if is_on) or "none"
 
 
 def tiny_config(**fields):
     """A `RunConfig` that builds and trains on a CPU in a moment; Hugging Face's code unless told otherwise."""
     defaults = {"model_name": "tiny-llama", "batch_size": 1, "seq_length": 16, "dtype": "fp32", "device": "cpu"}
-    return RunConfig(**{**HUGGING_FACE, **defaults, **fields})
+    return RunConfig(**HUGGING_FACE | defaults | fields)
 
 
 def write_llama_folder(folder, **shape):
@@ -40,6 +39,8 @@ def write_llama_folder(folder, **shape):
         "max_position_embeddings": 256,
         "tie_word_embeddings": True,
     }
+    from transformers import LlamaConfig
+
     LlamaConfig(**{**small, **shape}).save_pretrained(folder)
     return str(folder)
 
@@ -73,6 +74,6 @@ def run_watched(*arguments, timeout=300, **kwargs):
 
 def assert_one_error_line(stderr, text):
     """What a user sees of a mistake: one line, which says what it is."""
-    assert stderr.startswith("error: ")
-    assert stderr.count("\n") == 1
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1, stderr
     assert text in stderr

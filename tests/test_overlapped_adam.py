@@ -152,7 +152,7 @@ def test_wrong_input_is_a_value_error_and_changes_nothing(tensors, text):
 PART = st.tuples(st.sampled_from([1, 2, 30]), *[st.sampled_from([0, 0, 0, 2])] * 2, *[st.integers(0, 4)] * 2)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(parts=st.lists(PART, max_size=12))
 def test_copying_run_by_run_is_copying_part_by_part(parts):
     def laid_out(side, make):

@@ -189,7 +189,7 @@ def test_snapshot_is_one_that_pytorchs_own_tools_read(small, dry_runs):
 # The search for the largest size
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(granularity=st.sampled_from([1, 7, 128]), largest=st.integers(1, 3000), threshold=st.integers(0, 3500))
 def test_search_finds_what_trying_every_size_does(granularity, largest, threshold):
     asked = []

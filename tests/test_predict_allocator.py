@@ -81,7 +81,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(actions=st.lists(ACTIONS, max_size=60), limit=st.sampled_from([None, 30 * MIB, 90 * MIB]))
 def test_does_what_a_naive_allocator_does(actions, limit):
     allocator, naive, live = CachingAllocator(limit), NaiveAllocator(limit), []
@@ -173,7 +173,7 @@ def real_peak(plan):
 NODE = st.tuples(st.sampled_from("+*ev3"), st.integers(0, 99), st.integers(0, 99))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(plan=st.lists(NODE, min_size=2, max_size=12))
 def test_peak_of_a_graph_is_that_of_the_real_allocator(plan):
     # Gradients that meet are added in place without a mode, out of place under one: they are counted as in place.
