@@ -55,11 +55,7 @@ def record(strategy, batch_size, seq_length=1024, *, config=None, absent=None, g
         "throughput_tokens_per_s": config.tokens_per_step / latency,
         "mfu": 0.4,
     }
-    told = (
-        {"status": "ok", "mode": "measured", **figures_of_run}
-        if absent is None
-        else {"mode": "measured", **ABSENT[absent]}
-    )
+    told = {"mode": "measured", **(ABSENT[absent] if absent else {"status": "ok", **figures_of_run})}
     environment = {"gpu": gpu, "date": date, "torch": values.pop("torch", None)}
     return new_record(config, environment=environment, **told | values)
 
@@ -147,18 +143,16 @@ def test_bars_are_the_records_figures(file):
     found, by_length = study(), "fixed" in file
     strategies = (NONE, ALL) if "_2_" in file else (NONE, NO_FLCE, ALL)
     figure = drawn(found)[file]
-    expected = {
-        (r.run.title, f"{r.run.seq_length if by_length else r.run.batch_size:,}"): r
-        for r in found
-        if (r.run.batch_size == 4 if by_length else r.run.seq_length == 1024) and r.run.title in strategies
-    }
+    drawn_of = [r for r in found if (r.run.batch_size == 4 if by_length else r.run.seq_length == 1024)]
+    sizes = [f"{r.run.seq_length if by_length else r.run.batch_size:,}" for r in drawn_of]
+    expected = {(r.run.title, size): r for size, r in zip(sizes, drawn_of) if r.run.title in strategies}
     speed, memory = figure.axes
     tokens = {key: r.run.tokens_per_step / r.latency_s for key, r in expected.items()}
     assert bars(figure, speed) == pytest.approx(tokens)
     assert bars(figure, memory) == pytest.approx({key: r.peak_memory_bytes / GIB for key, r in expected.items()})
     assert (speed.get_ylabel(), memory.get_ylabel()) == ("tokens/s", "GiB")
-    sizes = ["512", "1,024", "2,048"] if by_length else ["1", "4", "8"]
-    assert [label.get_text() for label in speed.get_xticklabels()] == sizes
+    labels = ["512", "1,024", "2,048"] if by_length else ["1", "4", "8"]
+    assert [label.get_text() for label in speed.get_xticklabels()] == labels
     assert speed.get_xlabel().startswith("sequence length, batch 4" if by_length else "batch size, 1024 tokens")
     assert title_of(figure).startswith(f"Llama-3.2-1B-Instruct, bf16, gradient checkpointing, {GPU}")
 

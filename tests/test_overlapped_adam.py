@@ -48,9 +48,11 @@ def test_update_is_adamws_as_exactly_as_fp32_can(rng, size, dtype):
         assert torch.equal(weights, master.to(dtype))  # the weights are the nearest to their master
     exact = adamw(initial, gradients, rates, **fields)
     error = (master.double() - exact).abs()
-    fp32_error = (adamw(initial, gradients, rates, FP32, **fields).double() - exact).abs()
-    assert error.max() <= 4 * fp32_error.max() + 1e-6
-    assert error.mean() <= 1.5 * fp32_error.mean() + 1e-7
+    # Half a unit in the last place of the weight a step, and of each update what rounding the betas to fp32 costs.
+    assert (error <= 2**-22 * exact.abs() + 4 * 1e-2 * 2**-21 / (1 - max(fields["betas"]))).all()
+    if size > 1000:
+        fp32_error = (adamw(initial, gradients, rates, FP32, **fields).double() - exact).abs()
+        assert error.mean() <= 1.5 * fp32_error.mean()
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, torch.inf, -torch.inf, torch.nan])
