@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import subprocess
 import sys
 
 import pytest
@@ -21,7 +20,7 @@ from src.record.recorder import new_record
 from src.study import answers, figures, tables
 from src.techniques import STRATEGIES, TITLES, kernels_only
 from src.utils import GIB, quartiles
-from tests.helpers import ROOT, assert_one_error_line
+from tests.helpers import assert_one_error_line
 
 NONE, NO_FLCE, ALL = TITLES.values()
 GPU = "NVIDIA Imaginary 1000"
@@ -114,9 +113,6 @@ def marks(axes, strategies):
         i = round((x - round(x)) / width + (len(strategies) - 1) / 2)
         found[strategies[i], place(axes, x)] = text.get_text()
     return found
-
-
-# Figures
 
 
 def test_study_gives_the_originals_files():
@@ -236,26 +232,6 @@ def test_of_several_records_of_a_run_the_best_then_the_last_counts(backwards):
     assert answer(failed, guess) is guess
 
 
-def test_runs_that_never_met_their_limit_stand_for_those_without():
-    free = [record(NONE, 1), record(ALL, 1)]
-    limited = [record(NONE, 2, memory_limit_gib=24.0, allocation_retries=n) for n in (0, 3)]
-    limited += [record(ALL, 2, memory_limit_gib=24.0, absent="OOM")]
-    figure = drawn(free + limited)["comparison_2_strategies.png"]
-    assert set(bars(figure, figure.axes[0])) == {(NONE, "1"), (ALL, "1"), (NONE, "2")}
-    assert "1 of 3 runs under a memory limit that they never met" in title_of(figure)
-    assert len(answers.studies(limited)) == 1  # alone they make no study without a limit
-
-
-def test_what_changes_no_step_parts_no_runs_and_versions_that_differ_are_named():
-    usual, other = {"torch": "2.1"}, {"iterations": 50, "log_dir": "elsewhere", "torch": "2.2"}
-    figure = drawn([record(NONE, 1, **usual), record(ALL, 2, **other)])["comparison_2_strategies.png"]
-    assert len(bars(figure, figure.axes[0])) == 2
-    assert "torch 2.1 and 2.2" in title_of(figure)
-
-
-# Predictions beside measurements
-
-
 def test_predictions_stand_beside_the_runs_they_are_of():
     measured = [record(NONE, 1, peak_memory_bytes=2 * GIB), record(ALL, 2, peak_memory_bytes=4 * GIB)]
     measured += [record(NO_FLCE, 4), record(ALL, 8, absent="OOM"), record(ALL, 1, mode="interpreted")]
@@ -271,8 +247,6 @@ def test_predictions_stand_beside_the_runs_they_are_of():
     assert drawn([record(ALL, 1), *wrong]).keys() == {"predicted_vs_measured.png"}
     assert drawn([record(ALL, 1), predicted(ALL, 2)]) == {}
 
-
-# Tables
 
 SETTINGS = f"Llama-3.2-1B-Instruct, bf16, gradient checkpointing, {GPU}"
 FRONTIER = Frontier(searched="batch_size", limit_bytes=9, predicted=17)
@@ -305,9 +279,6 @@ def test_tables_have_a_sorted_row_for_each_record_and_read_back_as_they_were():
     lines = tables.FORMATS["markdown"](table).splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:])]
     assert cells == table
-
-
-# drawing.py
 
 
 @pytest.fixture
@@ -348,16 +319,6 @@ def test_pictures_of_ones_own_records_else_of_the_study(draw, tmp_path):
     assert (status, stdout.count("\n"), stdout.splitlines()[1].startswith("No Liger Kernel,4,1024")) == (0, 2, True)
 
 
-def test_folders_that_are_named_are_drawn_together_and_half_written_records_passed_over(draw, monkeypatch, tmp_path):
-    keep(tmp_path / "one", *LENGTHS[:2])
-    keep(tmp_path / "two" / "below", *LENGTHS[2:])
-    (tmp_path / "one" / ".being_written.json").write_text("{")
-    monkeypatch.setattr(Figure, "savefig", lambda self, name, dpi: None)
-    assert draw(tmp_path / "one", tmp_path / "two") == (0, "\n".join(LENGTH_FIGURES) + "\n", "")
-    status, stdout, _ = draw(tmp_path / "one")
-    assert (status, stdout.startswith("Nothing to draw")) == (0, True)
-
-
 def test_what_cannot_be_drawn_is_one_line_and_its_status(draw, monkeypatch, tmp_path):
     keep(tmp_path / "fine", *LENGTHS)
     for name, content in (("empty", ""), ("list", "[]"), ("schema", '{"schema": 99}'), ("bytes", "\x80")):
@@ -380,8 +341,3 @@ def test_what_cannot_be_drawn_is_one_line_and_its_status(draw, monkeypatch, tmp_
     status, _, stderr = draw(tmp_path / "fine")
     assert status == 1
     assert_one_error_line(stderr, "No space left on device")
-
-
-def test_drawing_needs_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import drawing, src.study.tables"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -64,9 +64,6 @@ def config_of(preset, folder, **fields):
     return OffloadConfig(preset=preset, model_name=str(folder / "model"), **{**PRESETS[preset], **usual, **fields})
 
 
-# In a fork
-
-
 def in_forks(count, work, *arguments):
     """What `work(*arguments)` returns in each of `count` processes that make a job."""
     context, port = get_context("fork"), str(free_port())
@@ -175,9 +172,6 @@ def run_mains(config):
         script.build_experiment = without_room
         statuses.append(int(main(dataclasses.replace(config, batch_size=1))))
     return {"statuses": statuses, "engines": len(built), "printed": printed.getvalue()}
-
-
-# In this process
 
 
 @pytest.fixture(scope="module")

@@ -98,9 +98,6 @@ def test_override_changes_what_it_names_and_nothing_else():
     assert changed == plain
 
 
-# Host memory
-
-
 def committed_host_peaks():
     found = [load(path) for path in sorted((ROOT / "doc" / "data").rglob("*liger_rope*.json"))]
     # An override can change what is offloaded.
@@ -143,9 +140,6 @@ def test_host_with_a_byte_too_little_is_refused_with_figures(monkeypatch, world_
     monkeypatch.setattr(host_memory, "available_host_bytes", lambda: share - 1)
     with pytest.raises(UsageError, match=rf"{share / GIB:.1f} GiB of host memory.*--preset fast"):
         check_host_memory(config, shape)
-
-
-# What several ranks showed
 
 
 @pytest.fixture

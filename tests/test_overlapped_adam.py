@@ -55,25 +55,6 @@ def test_update_is_adamws_as_exactly_as_fp32_can(rng, size, dtype):
         assert error.mean() <= 1.5 * fp32_error.mean()
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, torch.inf, -torch.inf, torch.nan])
-def test_bf16_weights_round_special_values_as_pytorch_does(value):
-    # Halves of the last place go to the even neighbour, and what is beyond the largest bf16 is infinite.
-    master, weights = torch.full((33,), value), torch.empty(33, dtype=BF16)
-    update(adam(master), weights, master, torch.zeros(33, dtype=BF16))
-    assert torch.equal(weights.view(torch.int16), master.bfloat16().view(torch.int16)) or weights.isnan().all()
-
-
-def test_partitions_have_moments_and_steps_of_their_own():
-    first, second = torch.zeros(10), torch.zeros(10)
-    optimizer = adam(first)
-    optimizer.init_state(second)
-    for _ in range(3):
-        update(optimizer, first, first, torch.ones(10))
-    update(optimizer, second, second, torch.ones(10))
-    torch.testing.assert_close(first, torch.full((10,), -3e-3))
-    torch.testing.assert_close(second, torch.full((10,), -1e-3))
-
-
 def test_threads_do_not_change_the_result_and_the_seed_and_the_step_do():
     initial, gradient = torch.randn(100_001).to(BF16), torch.randn(100_001).to(BF16)
 
@@ -87,9 +68,6 @@ def test_threads_do_not_change_the_result_and_the_seed_and_the_step_do():
     assert torch.equal(stepped(1), stepped(3))
     for other in (stepped(1, seed=4), stepped(1, updates=1)):
         assert 0.2 < (stepped(1) != other).float().mean() < 0.8
-
-
-# Stochastic rounding
 
 
 def step_from(state, dtype):
@@ -128,9 +106,6 @@ def test_bf16_states_round_to_a_neighbour_to_the_exact_value_in_the_mean_and_ind
     pairs += [(error[:-distance], error[distance:]) for error in errors for distance in (1, 2**15)]
     for pair in pairs:
         assert torch.corrcoef(torch.stack(pair))[0, 1].abs() < SIGMAS / len(pair[0]) ** 0.5
-
-
-# What is refused, and merging of copies
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from src.predict.allocator import CachingAllocator, SimulatedOutOfMemory, rounded
+from src.predict.allocator import CachingAllocator, SimulatedOutOfMemory
 from src.predict.live_memory import LiveMemory
 from src.utils import MIB
 
@@ -115,11 +115,8 @@ def test_does_what_a_naive_allocator_does(actions, limit):
     ("count", "block", "segment"),
     [
         (1, 512, 2 * MIB),
-        (513, 1024, 2 * MIB),
-        (MIB, MIB, 2 * MIB),
         (MIB + 1, MIB + 512, 20 * MIB),
         (10 * MIB - 512, 10 * MIB - 512, 20 * MIB),
-        (10 * MIB, 10 * MIB, 10 * MIB),
         (11 * MIB - 512, 11 * MIB - 512, 12 * MIB),  # leaves 1 MiB and 512 bytes, which is split off
         (11 * MIB, 12 * MIB, 12 * MIB),  # leaves 1 MiB, which is not
         (LM_HEAD_BYTES, 502 * MIB, 502 * MIB),  # as an H100's snapshot shows it
@@ -129,23 +126,6 @@ def test_first_request_gets_the_block_and_segment_of_the_real_allocator(count, b
     allocator = CachingAllocator()
     assert allocator.allocate(count).size == block
     assert (allocator.allocated_bytes, allocator.reserved_bytes) == (block, segment)
-
-
-# What live memory counts
-
-
-def test_storages_are_counted_once_and_until_the_last_view_goes():
-    with LiveMemory() as memory:
-        whole = torch.zeros(1000)
-        view = whole[10:].view(-1, 10)
-        assert memory.live_bytes == 4096
-        view.add_(1)
-        copy = view.clone()
-        assert memory.live_bytes == 4096 + rounded(990 * 4)
-        del whole
-        assert memory.live_bytes == 4096 + rounded(990 * 4)
-        del view, copy
-        assert (memory.live_bytes, memory.peak_bytes) == (0, 4096 + rounded(990 * 4))
 
 
 COUNT = MIB // 4  # float32 numbers of one MiB

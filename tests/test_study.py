@@ -27,15 +27,12 @@ from src.record.recorder import new_record
 from src.study import __main__ as study
 from src.study import grids
 from src.study.grids import grid_axes, tasks
-from src.techniques import KERNEL_NAMES, TITLES, kernels_only
+from src.techniques import KERNEL_NAMES, TITLES
 from src.utils import ExitStatus, UsageError
 from tests.helpers import assert_one_error_line, write_llama_folder
 
 GPU = "NVIDIA Imaginary 1000"
 SCRIPTS = {"all_gpu": all_gpu_liger_kernel.SCRIPT, "deepspeed": deepspeed_liger_kernel.SCRIPT}
-
-
-# Grids
 
 
 def runs(*words, script="all_gpu", flags=("--device=cuda",), **options):
@@ -85,9 +82,6 @@ def test_axes_are_multiplied_over_any_setting_and_equal_runs_are_one():
 def test_grid_that_cannot_be_is_a_usage_error(words, text):
     with pytest.raises(UsageError, match=text):
         runs(*words)
-
-
-# A study over a script of the tests' own
 
 
 def finish(config, status="ok", **fields):
@@ -180,17 +174,6 @@ def test_every_run_leaves_its_record_and_what_has_one_is_not_run_again(script):
     assert len(script.ran()) == 2
 
 
-def test_flags_go_to_the_script_as_they_are(script):
-    flags = ["--dtype", "fp32", "--gradient_checkpointing=0", "--seed", "7", "--memory_limit_gib", "9"]
-    assert script("batch_size=2", "strategy=rope", *flags)[0] == 0
-    ((_, _, argv),) = script.ran()
-    assert (argv[0], argv[-len(flags) - 1 : -1]) == ("fake_script.py", flags)
-    (record,) = load_all([script.results])
-    values = {"dtype": "fp32", "gradient_checkpointing": False, "seed": 7, "memory_limit_gib": 9.0, "batch_size": 2}
-    asked = {"device": "cuda", "snapshot_dir": "", "log_dir": ""}  # of a whole grid only if asked for
-    assert record.run == dataclasses.replace(script.defaults, **kernels_only("rope"), **values, **asked)
-
-
 # What becomes of a run: what it does, type of the error recorded, what the message says
 
 
@@ -224,20 +207,15 @@ def hang(config):
         signal.pause()
 
 
+OWN_ERROR = Failure(type="ValueError", message="its own words")
 ENDINGS = {
     "segmentation fault": (kill_itself(signal.SIGSEGV), "Killed", "SIGSEGV"),
     "killed": (kill_itself(signal.SIGKILL), "Killed", "SIGKILL; the system may have had too little host memory"),
     "exception": (raise_error(RuntimeError("one\ntwo")), "Failed", "exit status 1: RuntimeError: one two"),
-    "bad arguments": (raise_error(UsageError("take another")), "Failed", "exit status 2: take another"),
     "last words": (print_and_fail, "Failed", "exit status 1: the last words"),
     "exit of the process": (lambda config: os._exit(7), "Failed", "exit status 7: it printed nothing"),
-    "success without a record": (lambda config: ExitStatus.DONE, "Failed", "exit status 0"),
     "half a record": (write_garbage, "Failed", "exit status 0"),
-    "error of its own": (
-        lambda config: finish(config, status="error", error=Failure(type="ValueError", message="its own words")),
-        "ValueError",
-        "its own words",
-    ),
+    "error of its own": (lambda config: finish(config, "error", error=OWN_ERROR), "ValueError", "its own words"),
 }
 
 
@@ -271,8 +249,9 @@ def test_run_that_hangs_is_ended_with_what_it_started(script):
     assert script("batch_size=1", "strategy=all", "--timeout_s=2")[0] == 1
     (record,) = load_all([script.results])
     assert (record.status, record.error.type) == ("error", "TimedOut")
-    assert has_ended(script.ran()[0][1])
-    assert has_ended(int(child.read_text()))
+    # A busy machine may not have come that far.
+    children = [int(child.read_text())] if child.exists() else []
+    assert all(map(has_ended, [*children, *(pid for _, pid, _ in script.ran())]))
 
 
 def has_ended(pid):
@@ -281,9 +260,6 @@ def has_ended(pid):
         return bool(select.select([os.pidfd_open(pid)], [], [], 60)[0])
     except ProcessLookupError:
         return True
-
-
-# Runs that need not be made
 
 
 def test_runs_beyond_one_that_ran_out_of_memory_are_inferred(script):
@@ -297,12 +273,11 @@ def test_runs_beyond_one_that_ran_out_of_memory_are_inferred(script):
     assert script.found() == wanted | dict.fromkeys(beyond, ("oom", "inferred"))
     assert len(script.ran()) == 6
     every = load_all([script.results])
-    names = {record.run_name: record for record in every if record.mode == "measured" and record.status == "oom"}
+    full = {record.run_name: record.run for record in every if (record.status, record.mode) == ("oom", "measured")}
     for record in (record for record in every if record.mode == "inferred"):
-        (proof,) = (names[name] for name in names if f" {name} " in record.error.message)
+        (proof,) = (run for name, run in full.items() if f" {name} " in record.error.message)
+        assert (proof.batch_size <= record.run.batch_size, proof.seq_length <= record.run.seq_length) == (True, True)
         assert (record.error.type, record.environment.gpu, record.peak_memory_bytes) == ("Inferred", GPU, None)
-        assert proof.run.batch_size <= record.run.batch_size
-        assert proof.run.seq_length <= record.run.seq_length
     # What was inferred is no evidence and no result: it is inferred again, or measured if asked for.
     script(*grid)
     assert script.ran() == []
@@ -339,17 +314,13 @@ def test_run_that_never_met_its_limit_answers_for_the_one_without(script):
 
 
 def test_runs_that_differ_in_size_alone_share_a_process_where_the_script_can(script):
-    shared = dataclasses.replace(script.script, main_for_many=lambda: script.main)
-    sys.modules["fake_script"].SCRIPT = shared
+    sys.modules["fake_script"].SCRIPT = dataclasses.replace(script.script, main_for_many=lambda: script.main)
     assert script("batch_size=1,2", "seq_length=64,128", "strategy=none,all")[0] == 0
     processes = [pid for _, pid, _ in script.ran()]
     assert [len(list(group)) for _, group in itertools.groupby(processes)] == [4, 4]
     script.behave = run_out_of_memory  # after which comes another process, without what this one leaves behind
     assert script("batch_size=3,4", "strategy=none", "--every_cell")[0] == 0
     assert len({pid for _, pid, _ in script.ran()}) == 2
-
-
-# What is refused, and what disturbs a study
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -373,9 +344,7 @@ def test_interrupted_study_ends_its_run_and_goes_on_where_it_was(script, number)
     assert len(script.ran()) == 2
 
 
-@pytest.mark.parametrize("act", [finish, run_out_of_memory])
-def test_records_of_another_gpu_are_refused(script, monkeypatch, act):
-    script.behave = act
+def test_records_of_another_gpu_are_refused(script, monkeypatch):
     assert script("batch_size=1", "strategy=all")[0] == 0
     before = script.contents()
     monkeypatch.setattr(machine, "environment", lambda on_gpu: {"gpu": "NVIDIA Other"})
@@ -395,12 +364,6 @@ def test_file_that_is_no_record_is_not_replaced(script, content):
     status, _, stderr = script("batch_size=1,2", "strategy=all")
     assert (status, script.ran(), path.read_bytes()) == (2, [], content)
     assert_one_error_line(stderr, f"{path} is not a record")
-
-
-def test_without_a_gpu_the_study_says_what_can_be_done(run_study, tmp_path):
-    status, _, stderr = run_study("study", f"--result_dir={tmp_path}")
-    assert status == 2
-    assert_one_error_line(stderr, "no GPU here: --dry_run predicts the grid")
 
 
 def test_real_script_predicts_a_grid(run_study, tmp_path):
