@@ -4,12 +4,11 @@ Engines run in forks of this process, one after the other: a job cannot be start
 everything again would take longer than all of them.
 """
 
-import cpuinfo  # isort: skip
-
 import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import os
 import threading
@@ -17,6 +16,7 @@ import traceback
 from multiprocessing import get_context
 from types import SimpleNamespace
 
+import cpuinfo
 import pytest
 import torch
 from deepspeed.runtime.zero import GatheredParameters
@@ -55,7 +55,7 @@ VARIANTS = {
         "ds_override": '{"zero_optimization": {"stage3_param_persistence_threshold": 1000}}',
     },
 }
-CASES = {(preset, variant): {} for preset in PRESETS for variant in VARIANTS}
+CASES = list(itertools.product(PRESETS, VARIANTS))
 
 
 def config_of(preset, folder, **fields):
