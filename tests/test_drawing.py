@@ -46,15 +46,9 @@ def record(strategy, batch_size, seq_length=1024, *, config=None, absent=None, g
     config = dataclasses.replace(config, **{**kernels, **sizes, **settings})
     seconds = values.pop("seconds", [0.5, 0.25, 0.75, 1.0])
     first, latency, third = quartiles(seconds)
-    figures_of_run = {
-        "peak_memory_bytes": 2 * GIB,
-        "step_seconds": seconds,
-        "latency_s": latency,
-        "latency_iqr_s": third - first,
-        "throughput_tokens_per_s": config.tokens_per_step / latency,
-        "mfu": 0.4,
-    }
-    told = {"mode": "measured", **(ABSENT[absent] if absent else {"status": "ok", **figures_of_run})}
+    told = {"peak_memory_bytes": 2 * GIB, "step_seconds": seconds, "latency_s": latency, "latency_iqr_s": third - first}
+    told |= {"throughput_tokens_per_s": config.tokens_per_step / latency, "mfu": 0.4, "status": "ok"}
+    told = {"mode": "measured", **(ABSENT[absent] if absent else told)}
     environment = {"gpu": gpu, "date": date, "torch": values.pop("torch", None)}
     return new_record(config, environment=environment, **told | values)
 
@@ -154,11 +148,8 @@ def test_bars_are_the_records_figures(file):
 
 
 def test_latency_is_the_median_in_milliseconds_with_its_quartiles():
-    found = [
-        record(NONE, 1, seconds=[0.1, 0.2, 0.4]),
-        record(ALL, 1, seconds=[0.3]),
-        record(ALL, 2, seconds=[0.5, 0.5]),
-    ]
+    seconds = {(NONE, 1): [0.1, 0.2, 0.4], (ALL, 1): [0.3], (ALL, 2): [0.5, 0.5]}
+    found = [record(*cell, seconds=of_steps) for cell, of_steps in seconds.items()]
     figure = drawn(found)["latency.png"]
     (axes,) = figure.axes
     assert bars(figure, axes) == pytest.approx({(NONE, "1"): 200, (ALL, "1"): 300, (ALL, "2"): 500})

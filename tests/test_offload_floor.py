@@ -13,12 +13,8 @@ from src.offload.team import combined
 from src.offload_config import OffloadConfig
 from tests.helpers import HUGGING_FACE, write_llama_folder
 
-RATES = {
-    "matmul_flops_per_s": 100.0,
-    "to_gpu_bytes_per_s": 10.0,
-    "to_host_bytes_per_s": 5.0,
-    "host_memory_bytes_per_s": 20.0,
-}
+NAMES = ("matmul_flops_per_s", "to_gpu_bytes_per_s", "to_host_bytes_per_s", "host_memory_bytes_per_s")
+RATES = dict(zip(NAMES, (100.0, 10.0, 5.0, 20.0)))
 NO_BYTES = {"forward_to_gpu": 0, "backward_to_gpu": 0, "to_host": 0, "adam": 0}
 
 # Of 300 operations forward and 700 backward: bytes, micro-batches, seconds of forward, backward and Adam, and of all.
