@@ -138,23 +138,16 @@ def test_host_with_a_byte_too_little_is_refused_with_figures(monkeypatch, world_
         check_host_memory(config, shape)
 
 
-@pytest.fixture
-def other_rank(monkeypatch):
-    """Lets this process take itself for one of two ranks, of which the other shows `theirs`."""
-
-    def other_rank(theirs):
+def test_slowest_and_fullest_ranks_stand_for_the_job(monkeypatch):
+    def with_other(theirs):
         monkeypatch.setattr(team, "gathered", lambda own: [own, theirs])
         return team.Ranks()
 
-    return other_rank
-
-
-def test_slowest_and_fullest_ranks_stand_for_the_job(other_rank):
     mine = Measurement([1.0, 4.0], [2.0, 3.0], [10, 40], [50, None], 70, 0)
     theirs = Measurement([2.0, 3.0], [4.0, 5.0], [20, 30], [60, 90], 60, 2)
     both = Measurement([2.0, 4.0], [3.0, 4.0], [20, 40], [60, None], 70, 2)
-    assert other_rank(theirs).measurement(mine) == both
+    assert with_other(theirs).measurement(mine) == both
     peaks = {"forward": 5, "backward": 6, "optimizer": None}
-    phases = other_rank(peaks).phases(PhasePeaks({"forward": 7, "backward": 3, "optimizer": 1}, 0.5))
+    phases = with_other(peaks).phases(PhasePeaks({"forward": 7, "backward": 3, "optimizer": 1}, 0.5))
     assert phases == PhasePeaks({"forward": 7, "backward": 6, "optimizer": None}, 0.5)
-    assert (other_rank(3).total(4), other_rank(3).largest(4), other_rank(None).largest(4)) == (7, 4, None)
+    assert (with_other(3).total(4), with_other(3).largest(4), with_other(None).largest(4)) == (7, 4, None)
