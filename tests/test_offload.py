@@ -1,5 +1,5 @@
-"""The ZeRO-3 offload experiment on DeepSpeed's CPU accelerator, against a plain PyTorch loop. Engines run in forks of this
-process: a job cannot be started twice in one, and importing everything again would take longer than all of them.
+"""The ZeRO-3 offload experiment on DeepSpeed's CPU accelerator, against a plain PyTorch loop. Engines run in forks of
+this process: a job cannot be started twice in one, and importing everything again would take longer than all of them.
 """
 
 import contextlib

@@ -1,5 +1,5 @@
-"""Studies: which runs a grid has, what becomes of each, and that nothing is lost or run twice. Runs are forked from this process and
-take a moment: a script of the tests' own stands for the real one.
+"""Studies: which runs a grid has, what becomes of each, and that nothing is lost or run twice. Runs are forked from
+this process and take a moment: a script of the tests' own stands for the real one.
 """
 
 import dataclasses
