@@ -80,3 +80,13 @@ def gpu_environment():
     """Environment variables of a program that may use the GPU."""
     environment = {k: v for k, v in os.environ.items() if k not in CPU_ONLY}
     return environment if VISIBLE_GPUS is None else environment | {"CUDA_VISIBLE_DEVICES": VISIBLE_GPUS}
+
+
+@pytest.fixture(scope="session")
+def compiled_adam():
+    """Both CPU optimizers, compiled: once on a machine, some minutes, which no test's own limit counts."""
+    from src.offload_config import OFFLOAD_OPTIMIZERS, OffloadConfig
+    from src.optimizer_utils import build_offload_optimizer
+
+    for optimizer in OFFLOAD_OPTIMIZERS:
+        build_offload_optimizer(torch.nn.Linear(1, 1), OffloadConfig(optimizer=optimizer, dtype="fp32"))
