@@ -35,6 +35,7 @@ from PIL import Image  # comes with matplotlib
 
 from doc import evidence, pictures, studies, tables
 from doc.evidence import ROOT
+from src.check import curves
 from src.machine import H100
 from src.predict.frontier import GRANULARITY
 from src.study.figures import setting_words
@@ -43,7 +44,9 @@ from src.utils import ExitStatus, UsageError, error_line, markdown_table, write_
 DOC = ROOT / "doc"
 
 # Each text and the folder of the records that it is made from.
-DOCUMENTS = dict.fromkeys(("measured", "offload", "scaling", "peak", "original", "best", "report"), "doc/data")
+DOCUMENTS = dict.fromkeys(
+    ("measured", "offload", "scaling", "peak", "parity", "original", "best", "report"), "doc/data"
+)
 DOCUMENTS |= {"levers": "doc/data/h200_offload", "predicted_vs_measured": f"doc/data/{evidence.PREDICTED_RUNS}"}
 # What pandoc makes, of which text, and with which options. The slides' Markdown is not kept.
 OFFICE = {
@@ -68,6 +71,7 @@ def context(folder: str, command: str) -> dict[str, Any]:
         "records": functools.partial(evidence.listed, Path(ROOT, folder)),
         "command": command,
         "evidence": evidence,
+        "curves": curves,
         "studies": studies,
         "tables": tables,
         "holds": holds,

@@ -14,7 +14,8 @@ from typing import Any
 from src import machine
 from src.cli import command_line
 from src.config import DTYPES, RunConfig
-from src.explain import Timeline, read
+from src.explain.reading import read
+from src.explain.timeline import Timeline
 from src.families import SHAPES
 from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
 from src.offload_config import PRESETS, OffloadConfig

@@ -12,7 +12,8 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from doc import evidence, studies, tables
 from doc.evidence import BATCHES, MODELS, Folder
 from doc.studies import ALL, NO_FLCE, NONE
-from src.explain import CATEGORIES, COLOURS
+from src.check import curves
+from src.explain.categories import CATEGORIES, COLOURS
 from src.explain.plot import figure
 from src.study import answers, figures
 from src.study.figures import STYLES, THREE, Axis
@@ -45,6 +46,7 @@ def all_figures() -> Iterator[tuple[str, Figure]]:
     yield "offload_steps.png", offload_steps(evidence.folder("h100_offload"))
     yield "original.png", original()
     yield "ladder.png", ladder()
+    yield "convergence.png", curves.figure(curves.lines_of(evidence.DATA / "parity/convergence_h100.jsonl"))
     runs = [run for run in evidence.predicted_runs() if run.status == "ok"]
     yield "predictions.png", figures.predicted_figure(evidence.predictions(runs))
     for part in studies.studies():

@@ -11,7 +11,7 @@ import pandas as pd
 from doc import evidence, studies
 from doc.evidence import Pair
 from doc.studies import GRID, LINES, NOT_MEASURED, Column
-from src.explain import CATEGORIES
+from src.explain.categories import CATEGORIES
 from src.record import Record
 from src.study import answers
 from src.study.figures import absence
@@ -97,15 +97,18 @@ def _cell(record: Record) -> list[str]:
     model = config.model_name.removeprefix("meta-llama/").removesuffix("-Instruct")
     settings = [config.dtype, *([] if config.optimizer == "adamw_fused" else [config.optimizer])]
     settings += [] if config.memory_limit_gib is None else [f"limit {config.memory_limit_gib:g} GiB"]
+    settings += (
+        [] if config.gradient_accumulation_steps == 1 else [f"{config.gradient_accumulation_steps} micro-batches"]
+    )
     checkpointing = "yes" if config.gradient_checkpointing else "no"
-    return [config.title, model, ", ".join(settings), checkpointing, size(record), answers.gpu_name(record)]
+    return [record.title, model, ", ".join(settings), checkpointing, size(record), answers.gpu_name(record)]
 
 
 def _offload_cell(record: Record, *has_column: str) -> list[str]:
     """The same of an offloaded run: the preset and every setting that differs from it and has no column."""
     unusual = record.run.unusual("preset", "batch_size", "seq_length", *has_column)
     settings = ", ".join([record.run.preset, *unusual, *answers.thread_variables(record)])
-    return [settings, record.run.title, size(record), answers.gpu_name(record)]
+    return [settings, record.title, size(record), answers.gpu_name(record)]
 
 
 # The documents of all runs.

@@ -172,7 +172,7 @@ def test_main_gets_both_configurations_and_its_status_is_the_programs():
 
 def test_rank_says_which_it_is_and_lets_the_first_failure_speak(monkeypatch, capsys):
     waited = []
-    monkeypatch.setattr(ranks, "give_way", lambda: waited.append(1))
+    monkeypatch.setattr(ranks, "give_way", lambda **_: waited.append(1))
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
 

@@ -20,10 +20,15 @@ from tests.helpers import ALL_KERNELS, HUGGING_FACE, ROOT
 
 BOTH = pytest.mark.parametrize("cls", CONFIGS.values(), ids=CONFIGS)
 # Fields that say where files go, how errors look or what is written about a run: not what the run is.
-NOT_IN_NAME = {"result_dir", "snapshot_dir", "log_dir", "debug", "breakdown", "step_per_print"}
+NOT_IN_NAME = {"result_dir", "snapshot_dir", "log_dir", "debug", "breakdown", "parity", "step_per_print"}
 # Values that are hard to write into a file name.
 MODELS = ["org/model", "org--model", "a_b", "a/b", "a+b", "a%2Fb", "runs/x_fp32", "..", "é" * 90]
 NUMBERS = [1.0, 11.0, 0.1, 0.1000001, 0.1 + 0.2, 0.3, 1e-5, 123456789.0, 123456790.0]
+
+
+def complete(config, given):
+    """With the values that follow from others, such as FLCE's reduction from fp16."""
+    return dataclasses.replace(config, **techniques.chosen(config, given))
 
 
 def values_of(f):
@@ -102,7 +107,7 @@ def test_every_flag_sets_its_field_and_no_other(cls, data):
         short = value is True and data.draw(st.booleans())
         words.append(flag if short else f"{flag}={int(value) if isinstance(value, bool) else value}")
     preset = PRESETS[values.get("preset", "original")] if cls is OffloadConfig else {}
-    expected = made(cls, preset | values | {"device": "cuda"})
+    expected = complete(made(cls, preset | values | {"device": "cuda"}), values)
     try:
         techniques.check(expected)
     except UsageError:
@@ -128,7 +133,7 @@ def test_every_flag_sets_its_field_and_no_other(cls, data):
 )
 def test_original_flags_have_their_names(cls, flag, text, field, value):
     planned = command_line(None, cls(), {}, [f"--{flag}", text, "--device", "cuda"]).planned
-    assert planned == dataclasses.replace(cls(), **{field: value, "device": "cuda"})
+    assert planned == complete(dataclasses.replace(cls(), **{field: value, "device": "cuda"}), {field})
 
 
 def test_committed_records_have_the_names_of_their_runs():

@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from src.experiment import PHASES
-from src.explain import read
+from src.explain.reading import read
 from src.machine import H100
 from src.offload_config import PRESETS
 from src.record import load

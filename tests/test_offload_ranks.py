@@ -3,7 +3,6 @@
 Most jobs here are made of ranks without torch, and DeepSpeed's launchers are stood in for: they start in a moment.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -16,9 +15,9 @@ import psutil
 import pytest
 import torch
 
-from src import records
 from src.cli import parse_config, run
-from src.config import OffloadConfig
+from src.offload_config import OffloadConfig
+from src.record import load
 from src.utils import UsageError
 from tests.helpers import ROOT, assert_one_error_line
 from tests.made_up import NONE, failed
@@ -98,7 +97,7 @@ class Started:
         return self.process.returncode, stderr
 
     def record(self):
-        return records.load(path) if (path := self.folder / "record.json").exists() else None
+        return load(path) if (path := self.folder / "record.json").exists() else None
 
 
 @pytest.fixture
@@ -125,7 +124,7 @@ def start(begin, tmp_path):
     launcher = programs / "deepspeed"
     launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT}/tests/stand_in_launcher.py" "$@"\n')
     launcher.chmod(0o755)
-    (tmp_path / "made_up.json").write_text(json.dumps(failed(NONE, 1, config=OffloadConfig)))
+    (tmp_path / "made_up.json").write_text(failed(NONE, 1, config=OffloadConfig).model_dump_json(by_alias=True))
 
     def start(code, path=f"{programs}{os.pathsep}{os.environ['PATH']}", before=()):
         (tmp_path / "rank.py").write_text(RANK.format(code=code))
@@ -153,8 +152,8 @@ def test_rank_that_cannot_tell_is_told_of_and_kept_in_the_record(start, code, te
     assert status == 1
     assert_one_error_line(stderr, text)
     assert stderr.startswith("error: rank 1: ")
-    assert started.record()["status"] == "error"
-    assert text in started.record()["error"]["message"]
+    assert started.record().status == "error"
+    assert text in started.record().error.message
 
 
 @pytest.mark.parametrize(
@@ -180,7 +179,7 @@ def test_stopped_rank_is_not_waited_for(start):
     status, stderr = started.ended()
     assert status == 1
     assert_one_error_line(stderr, "rank 1: stopped by a signal (SIGSTOP)")
-    assert started.record()["error"]["type"] == "TimedOut"
+    assert started.record().error.type == "TimedOut"
 
 
 def test_rank_that_does_not_come_to_a_collective_is_told_of_with_where_it_is(start):
@@ -215,7 +214,7 @@ def test_signal_to_launcher_or_command_ends_the_job_with_one_line(start, who, nu
     killed = number == signal.SIGKILL
     assert status == (1 if who != "supervisor" else -number if killed else 128 + number)
     assert_one_error_line(stderr, text)
-    assert text in started.record()["error"]["message"]
+    assert text in started.record().error.message
 
 
 def test_stopped_rank_does_not_outlive_a_killed_command(start):
@@ -279,7 +278,7 @@ def test_no_rank_of_the_real_script_works_in_a_fork_after_imports(begin, tmp_pat
     status, stderr = started.ended()
     assert status == 0, stderr
     (path,) = tmp_path.glob("results/*.json")
-    assert records.load(path)["config"]["world_size"] == 2
+    assert load(path).config["world_size"] == 2
     assert len(set((tmp_path / "touched").read_text().split())) >= 2
     assert not (tmp_path / "forked").exists()
 

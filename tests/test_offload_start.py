@@ -1,6 +1,5 @@
 """What is checked before a job of several ranks begins, and the record that is kept of one that was ended."""
 
-import json
 import os
 import socket
 import subprocess
@@ -9,20 +8,20 @@ import time
 import pytest
 import torch
 
-from src import records
-from src.config import OffloadConfig
 from src.offload import command, job, join, kept_record, ranks, variables
+from src.offload_config import OffloadConfig
+from src.record import load
 from src.utils import UsageError
 from tests.helpers import ROOT, assert_one_error_line
-from tests.made_up import NONE, failed, make, out_of_memory
+from tests.made_up import NONE, failed, made_up, out_of_memory
 
 
 @pytest.mark.parametrize(
     ("before", "since", "kind", "kept"),
     [
         (None, None, "Killed", "error"),
-        ("ok", None, "Killed", "error"),
-        ("ok", None, "Interrupted", "ok"),  # which says nothing against the run before
+        ("ok", None, "Killed", "ok"),  # a failure replaces no result
+        ("error", None, "Killed", "error"),
         (None, "ok", "Killed", "ok"),
         (None, "oom", "Killed", "oom"),
         (None, "error", "Killed", "error"),  # a rank that lost the other blames the network
@@ -30,19 +29,22 @@ from tests.made_up import NONE, failed, make, out_of_memory
 )
 def test_record_says_what_happened_unless_the_run_had_its_result(tmp_path, before, since, kind, kept):
     path, started = tmp_path / "record.json", time.time() - 10
-    made_up = {"ok": make, "error": failed, "oom": out_of_memory}
+    make = {"ok": made_up, "error": failed, "oom": out_of_memory}
     for status, moment in ((before, started - 10), (since, started + 5)):
         if status:
-            path.write_text(json.dumps(made_up[status](NONE, 1, config=OffloadConfig)))
+            path.write_text(make[status](NONE, 1, config=OffloadConfig).model_dump_json(by_alias=True))
             os.utime(path, (moment, moment))
     notes, unchanged = job.Job(tmp_path), path.exists() and path.read_text()
     kept_record.keep(notes, kind, "rank 1", started)
     assert (path.exists() and path.read_text()) == unchanged  # no draft: there was no run yet
-    notes.note("draft", {"path": str(path), "record": make(NONE, 1, config=OffloadConfig, status=None)})
+    notes.note(
+        "draft",
+        {"path": str(path), "record": made_up(NONE, 1, config=OffloadConfig, status=None).model_dump(by_alias=True)},
+    )
     kept_record.keep(notes, kind, "rank 1", started)
-    record = records.load(path)
-    assert record["status"] == kept
-    assert kept != "error" or record["error"] == {"type": kind, "message": "rank 1"}
+    record = load(path)
+    assert record.status == kept
+    assert kept != "error" or (record.error.type, record.error.message) == (kind, "rank 1")
 
 
 # Before a job begins

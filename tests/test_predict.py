@@ -13,7 +13,8 @@ from torch.cuda import _memory_viz
 
 import all_gpu_liger_kernel as script
 from src.config import RunConfig
-from src.explain import CATEGORIES, read
+from src.explain.categories import CATEGORIES
+from src.explain.reading import read
 from src.machine import H100, Gpu
 from src.model_utils import build_model
 from src.predict import frontier

@@ -12,8 +12,9 @@ import torch
 import all_gpu_liger_kernel as script
 from src.config import RunConfig
 from src.experiment import PHASES, no_mark
-from src.explain import LOSS_MODULE, timeline
+from src.explain.categories import LOSS_MODULE
 from src.explain.recording import Attribution
+from src.explain.timeline import timeline
 from src.measure.devices import HostRuntime
 from src.model_utils import patched
 from src.predict import dry_run
@@ -48,7 +49,7 @@ def experiment_of(**fields):
 
 
 def labelled_step(experiment, sink, mark=no_mark, checkpointing=False):
-    return Attribution(sink, experiment, gradient_checkpointing=checkpointing).step(mark)
+    return Attribution(sink, experiment).step(mark)
 
 
 def grad_fns(values):
@@ -231,7 +232,7 @@ OPERATIONS = {
     ("kernels", "checkpointing"), [(HUGGING_FACE, True), (ALL_KERNELS, False)], ids=["none", "all"]
 )
 def test_every_request_of_a_dry_run_is_attributed_and_labels_change_no_byte(monkeypatch, rng, kernels, checkpointing):
-    config = on_gpu(rng, **kernels, gradient_checkpointing=checkpointing)
+    config = on_gpu(rng, **kernels)
     prediction = dry_run.predict(config, script.build_experiment)
     made = [a for action, a in prediction.gpu.events[prediction.first_event :] if action == "alloc"]
     known = [a for a in made if a.operation in OPERATIONS]

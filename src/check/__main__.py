@@ -43,7 +43,7 @@ def _compare_all(file: Path, axes: list[str], flags: list[str]) -> None:
     from src.check.parity import compare
     from src.cli import command_line
     from src.config import RunConfig
-    from src.techniques import STRATEGIES
+    from src.techniques import STRATEGIES, without
 
     if not torch.cuda.is_available():
         raise UsageError("no GPU here: python all_gpu_liger_kernel.py --parity compares a tiny model on the CPU")
@@ -53,11 +53,10 @@ def _compare_all(file: Path, axes: list[str], flags: list[str]) -> None:
     for values in itertools.product(*(value.split(",") for _, _, value in pairs)):
         words = [f"--{name}={value}" for (name, _, _), value in zip(pairs, values)]
         config = command_line(None, RunConfig(), {}, [*words, *flags]).config
-        variants = [dataclasses.replace(config, **own) for own in STRATEGIES.values()]
-        variants[:2] = [dataclasses.replace(v, flce_reduction="mean") for v in variants[:2]]
-        if config.flce_reduction == "sum":
-            variants.append(dataclasses.replace(config, flce_reduction="mean"))
-        variants = [variant for variant in variants if variant.run_name not in done]
+        off = without(config)
+        variants = [dataclasses.replace(config, **off | STRATEGIES[word]) for word in ("none", "no_flce")]
+        variants += [config, *([dataclasses.replace(config, flce_reduction="mean")] if config.dtype == "fp16" else [])]
+        variants = [variant for variant in dict.fromkeys(variants) if variant.run_name not in done]
         try:
             for variant, parity in compare(variants, device) if variants else ():
                 told = {"run_name": variant.run_name, "config": variant.to_dict(), "parity": parity.model_dump()}

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from src.experiment import Mark, Step, no_mark
-from src.explain import LOSS_MODULE, OWNER, PEAK, PHASE
+from src.explain.categories import LOSS_MODULE, OWNER, PEAK, PHASE
 
 # Allocator events kept: one step of an 8B model without gradient checkpointing has about 10,000.
 MAX_ENTRIES = 100_000

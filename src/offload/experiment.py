@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from src.experiment import Step
-from src.explain import GATHER, REDUCE
+from src.explain.categories import GATHER, REDUCE
 from src.explain.recording import Attribution
 from src.predict.live_memory import tensors_in
 

@@ -14,8 +14,10 @@ import torch
 
 from src.config import RunConfig
 from src.experiment import Build, Experiment, Mark, Script, no_mark
-from src.explain import CATEGORIES, save, timeline
+from src.explain.categories import CATEGORIES
+from src.explain.reading import save
 from src.explain.recording import Attribution
+from src.explain.timeline import timeline
 from src.machine import H100, Gpu
 from src.measure import PhasePeaks, measure_phases
 from src.model_utils import flops_per_step, implementations, patched

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from src.explain import OWNER, PHASE
+from src.explain.categories import OWNER, PHASE
 from src.predict.allocator import SMALL_SEGMENT_BYTES
 from src.predict.fake_gpu import Allocation, FakeGpu
 

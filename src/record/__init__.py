@@ -2,6 +2,7 @@
 
 from src.record.record import (
     SCHEMA,
+    WRONG,
     Environment,
     Failure,
     Frontier,
@@ -16,6 +17,7 @@ from src.record.record import (
 
 __all__ = [
     "SCHEMA",
+    "WRONG",
     "Environment",
     "Failure",
     "Frontier",

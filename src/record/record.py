@@ -15,9 +15,11 @@ import pydantic
 
 from src.config import RunConfig
 from src.offload_config import CONFIGS
+from src.techniques import warnings
 from src.utils import ExitStatus, UsageError, first_line, write_atomically
 
 SCHEMA = 2
+WRONG = "†"  # marks a run whose gradients are less exact than Hugging Face's in the same dtype
 
 
 class _Typed(pydantic.BaseModel):
@@ -147,6 +149,16 @@ class Record(_Typed):
     def run(self) -> RunConfig:
         """The configuration that the record keeps."""
         return CONFIGS[self.script].from_dict(self.config)
+
+    @property
+    def trains_wrongly(self) -> bool:
+        """Whether the gradients are less exact than Hugging Face's: by its parity, or by what is known."""
+        return bool(warnings(self.run)) if self.parity is None else not self.parity.agrees
+
+    @property
+    def title(self) -> str:
+        """What is compared, for a table or a legend, with the mark of a run that trains wrongly."""
+        return self.run.title + (f" {WRONG}" if self.trains_wrongly else "")
 
     @property
     def processes(self) -> int:

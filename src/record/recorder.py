@@ -20,9 +20,9 @@ import torch
 from src import machine
 from src.config import RunConfig
 from src.experiment import Experiment, OutOfMemory, Runtime
-from src.explain import Timeline, timeline
-from src.explain import save as save_snapshot
+from src.explain.reading import save as save_snapshot
 from src.explain.recording import record_step
+from src.explain.timeline import Timeline, timeline
 from src.measure import Measurement, PhasePeaks
 from src.measure.devices import OutOfMemoryWatch
 from src.model_utils import flops_per_step, implementations

@@ -3,7 +3,7 @@
 import math
 
 from src.config import RunConfig
-from src.explain import breakdown_table
+from src.explain.report import breakdown_table
 from src.record.record import Failure, Parity, Record
 from src.utils import MIB, aligned_table, format_bytes
 
@@ -35,7 +35,7 @@ def summary(record: Record) -> str:
     parts = []
     if record.peak_memory_bytes is not None or record.losses is not None:
         parts.append(_figures(record))
-    if record.peak_breakdown is not None:
+    if record.peak_breakdown:
         parts.append(breakdown(record))
     if record.parity is not None:
         parts.append(parity_table(record.parity))

@@ -12,8 +12,8 @@ from torch.utils.tensorboard.summary import hparams
 
 from src.config import RunConfig
 from src.experiment import Mark, Step
-from src.explain import Timeline
 from src.explain.plot import figure
+from src.explain.timeline import Timeline
 from src.measure import Measurement
 from src.record.record import Record
 from src.utils import GIB, MIB, format_bytes, write_atomically

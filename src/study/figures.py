@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from src.config import RunConfig
-from src.record import Record
+from src.record import WRONG, Record
 from src.study import answers
 from src.study.answers import Cell, machine
 from src.techniques import TITLES
@@ -168,6 +168,8 @@ def _bars(
                 height, below, above = value(record)
                 style = {**style_of(name, strategies), "edgecolor": "black", "linewidth": 0.5}
                 axes.bar(x, height, width, **style)
+                if record.trains_wrongly:
+                    axes.annotate(WRONG, (x, height), (0, 4), textcoords="offset points", ha="center", fontsize=9)
                 if below or above:
                     axes.errorbar(x, height, [[below], [above]], color="black", capsize=2, linewidth=0.8)
             else:
@@ -219,6 +221,8 @@ def _finish(drawing: Figure, axes: Axes, group: Sequence[Record], strategies: Se
         notes.append("OOM*: not run, a smaller one ran out of memory")
     if limited := sum(map(answers.ran_under_a_limit, group)):
         notes.append(f"{limited} of {len(group)} runs under a memory limit that they never met")
+    if any(r.trains_wrongly for r in group):
+        notes.append(f"{WRONG}: gradients less exact than Hugging Face's, see doc/parity.md")
     notes += _differing_versions(group)
     width = round(_CHARACTERS_AN_INCH * drawing.get_figwidth())
     title = [textwrap.fill(words, width) for words in (setting_words(measured), "; ".join(notes))]

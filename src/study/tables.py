@@ -49,7 +49,7 @@ def _row(record: Record) -> list[str]:
     config = _listed_config(record)
     status = record.mode if record.status == "ok" else absence(record)
     status += " (predicted)" if config.dry_run and record.status != "ok" else ""
-    cells = [config.title, f"{config.batch_size:,}", f"{config.seq_length:,}", setting_words(record), status]
+    cells = [record.title, f"{config.batch_size:,}", f"{config.seq_length:,}", setting_words(record), status]
     return [
         *cells,
         number_or_empty(record.peak_memory_bytes, GIB, "{:,.2f}"),
