@@ -1,7 +1,6 @@
 """DeepSpeed's command, and the port at which the ranks of a job meet."""
 
 import contextlib
-import shutil
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,10 +10,10 @@ from src.utils import UsageError
 
 
 def launcher() -> list[str]:
-    """DeepSpeed's command. An installation with --target leaves it outside PATH; the package may still be there."""
-    command = shutil.which("deepspeed")
-    if command is not None:
-        return [command]
+    """DeepSpeed's command, as this Python's own module.
+
+    The `deepspeed` on PATH may be missing (an installation with --target), or be another Python's, which has no torch.
+    """
     if find_spec("deepspeed") is None:
         raise UsageError("deepspeed is not installed: pip install -r requirements.txt")
     return [sys.executable, "-m", "deepspeed.launcher.runner"]
