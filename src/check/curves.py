@@ -73,8 +73,9 @@ def figure(curves: Sequence[dict[str, Any]]) -> Figure:
         if losses is not baseline:
             above = smoothed([loss - other for loss, other in zip(losses, baseline)])
             right.plot(above, color=colour, linestyle=style, linewidth=1.4)
-    left.set(xlabel="step", ylabel="loss", title="Loss")
-    right.set(xlabel="step", title=f"Above Hugging Face's in the same dtype, mean of {SMOOTHED} steps")
+    left.set(xlabel="step", ylabel="loss")
+    right.set(xlabel="step")
+    right.set_title(f"above Hugging Face's in the same dtype, mean of {SMOOTHED} steps", fontsize=10)
     right.axhline(0, color="grey", linewidth=0.8)
     for axes in (left, right):
         axes.grid(linewidth=0.4, alpha=0.5)
