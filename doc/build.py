@@ -7,8 +7,7 @@
 
 The texts are templates in doc/source/. They have no number that records or a model's shape could tell, and their
 conclusions name the condition under which they hold: the build fails where one does not.
-Word, PowerPoint and PDF files are left alone where they are of the same text and pictures; remove one to have it made
-again: apt-get install pandoc libreoffice-writer libreoffice-impress fonts-liberation fonts-crosextra-carlito
+Word, PowerPoint and PDF files are left alone where text and pictures are the same; remove one to have it made again.
 """
 
 import argparse
@@ -44,9 +43,8 @@ from src.utils import ExitStatus, UsageError, error_line, markdown_table, write_
 DOC = ROOT / "doc"
 
 # Each text and the folder of the records that it is made from.
-DOCUMENTS = dict.fromkeys(
-    ("measured", "offload", "scaling", "peak", "parity", "original", "best", "report"), "doc/data"
-)
+TEXTS = ["measured", "offload", "scaling", "peak", "parity", "original", "best", "report"]
+DOCUMENTS = dict.fromkeys(TEXTS, "doc/data")
 DOCUMENTS |= {"levers": "doc/data/h200_offload", "predicted_vs_measured": f"doc/data/{evidence.PREDICTED_RUNS}"}
 # What pandoc makes, of which text, and with which options. The slides' Markdown is not kept.
 OFFICE = {

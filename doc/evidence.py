@@ -122,9 +122,6 @@ def _offload_order(record: Record) -> tuple:
     return config.model_name, config.world_size, not usual, *sizes, record.run_name
 
 
-# Groups of runs that both a text and a picture show.
-
-
 def by_batch(runs: Folder, checkpointing: bool) -> list[Record]:
     """The three strategies' runs at 1024 tokens, as far as they are there."""
     settings = [{"batch_size": batch, "gradient_checkpointing": checkpointing} for batch in BATCHES]
@@ -245,9 +242,6 @@ class Shape:
 
 
 MODELS = tuple(map(Shape, ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B")))
-
-
-# Predictions.
 
 
 def dry_run_of(run: Record) -> RunConfig:

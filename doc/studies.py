@@ -272,9 +272,6 @@ def repeats() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["settings", "tokens", "peak", "step"])
 
 
-# What fits a card.
-
-
 def fits(record: Record, budget: int) -> bool:
     """Whether a run is known to fit `budget` bytes."""
     limit, used = record.run.memory_limit_gib, record.device_used_bytes

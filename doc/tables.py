@@ -111,9 +111,6 @@ def _offload_cell(record: Record, *has_column: str) -> list[str]:
     return [settings, record.title, size(record), answers.gpu_name(record)]
 
 
-# The documents of all runs.
-
-
 def machine_list(runs: Sequence[Record]) -> str:
     """An item for each machine and set of versions that the runs were measured with."""
     names = ["gpu", "driver", "cuda", "torch", "triton", "transformers", "liger_kernel", "python"]
@@ -276,9 +273,6 @@ def _fastest(own: pd.DataFrame, budget: int) -> str:
     if row is not None:
         return f"{speed(row['record'])} at {size(row['record'])}"
     return "none fits" if any(studies.excess(r, budget) for r in own["record"]) else NOT_MEASURED
-
-
-# The report's tables: narrow enough for a page.
 
 
 def by_size(runs: Sequence[Record], field: str) -> str:

@@ -44,9 +44,6 @@ def command_line(
             os.environ["TRITON_INTERPRET"] = "1"
             own = preset | dict(cpu_defaults) | given | {"device": "cpu"}
             config = _complete(dataclasses.replace(defaults, **own), given)
-        if ranks.is_first_here():
-            for line in techniques.warnings(config):
-                print("warning:", line, file=sys.stderr, flush=True)
         return Command(config, planned)
     except UsageError as error:
         sys.exit(_refused(error))
@@ -133,8 +130,16 @@ def _flag01(text: str) -> bool:
     return text == "1"
 
 
+def warn(configs: Sequence[RunConfig]) -> None:
+    """Say, a line each, what a user must know of runs before they start."""
+    if ranks.is_first_here():
+        for line in dict.fromkeys(line for config in configs for line in techniques.warnings(config)):
+            print("warning:", line, file=sys.stderr, flush=True)
+
+
 def run(main: Callable[..., int], command: Command) -> int:
     """The exit status of `main`; an exception becomes one line on stderr, with --debug a traceback too."""
+    warn([command.config])
     return run_config(lambda config: main(config, command.planned), command.config)
 
 
@@ -166,7 +171,12 @@ def _refused(error: UsageError) -> int:
 
 
 def _comes_from_another_rank(error: BaseException) -> bool:
-    """Whether it is a collective that failed, most likely because another rank has ended."""
+    """Whether it is a collective that failed, most likely because another rank has ended.
+
+    NCCL's errors have a type of their own; gloo's are plain ones, so the place where they are raised tells.
+    """
     import torch
 
-    return isinstance(error, torch.distributed.DistError)
+    places = [frame.filename for frame in traceback.extract_tb(error.__traceback__)[-3:]]
+    in_collective = any("torch/distributed/" in place or "deepspeed/comm/" in place for place in places)
+    return isinstance(error, torch.distributed.DistError) or (ranks.world_size() > 1 and in_collective)

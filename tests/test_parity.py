@@ -6,7 +6,7 @@ import pytest
 import torch
 from liger_kernel.transformers import rms_norm
 
-from src import techniques
+from src import cli, techniques
 from src.check import curves, parity
 from src.cli import command_line
 from src.config import RunConfig
@@ -84,9 +84,11 @@ def test_fp16_takes_the_sum_unless_the_originals_way_is_named(defaults, capsys):
     usual = command_line(None, defaults, {}, words).config
     assert usual.flce_reduction == "sum"
     assert techniques.forward_arguments(usual)["num_items_in_batch"] == usual.batch_size * (usual.seq_length - 1)
+    cli.warn([usual])
     assert capsys.readouterr().err == ""
     named = command_line(None, defaults, {}, [*words, "--flce_reduction", "mean"]).config
     assert techniques.forward_arguments(named) == {}
+    assert cli.run(lambda config, planned: 0, cli.Command(named, named)) == 0
     assert capsys.readouterr().err.startswith("warning: fp16 with FLCE's mean trains wrongly")
     assert usual.run_name != named.run_name
     assert command_line(None, defaults, {}, ["--dtype", "bf16", "--device", "cuda"]).config.flce_reduction == "mean"

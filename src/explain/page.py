@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from src.explain.categories import colours, words
-from src.explain.outputs import PAGE_MARK
 from src.explain.refusal import headline
 from src.explain.report import frames_compared, groups, peak_line, waterfall
 from src.explain.stacks import shown
@@ -50,8 +49,7 @@ def page(files: Sequence[tuple[str, list[Timeline]]]) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     title = " and ".join(name for name, _ in files)
-    body = environment.get_template("page.html.j2").render(title=title, data=script)
-    return f"{PAGE_MARK.decode()}\n{body}"
+    return environment.get_template("page.html.j2").render(title=title, data=script)
 
 
 class _Table:

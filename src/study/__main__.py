@@ -74,6 +74,7 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # look for a GPU without initialising CUDA
     from tqdm import tqdm
 
+    from src.cli import warn
     from src.study.grids import grid_axes, script, tasks
     from src.study.sweep import Sweep
 
@@ -84,6 +85,7 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
     # Snapshots and logs of a whole grid are asked for, not usual.
     flags = ["--snapshot_dir=", "--log_dir=", *flags]
     found = tasks(axes, script(arguments.script), flags, arguments.num_gpus)
+    warn([task.config for task in found])
     return Sweep(found, timeout_s=arguments.timeout_s, every_cell=arguments.every_cell).run()
 
 
