@@ -33,15 +33,15 @@ class SimulatedOutOfMemory(OutOfMemory):
 
 
 @dataclass(eq=False)
-class Block:
+class Piece:
     """A piece of a segment; neighbours in the same segment are linked."""
 
     address: int
     size: int
-    pool: list[tuple[int, int, "Block"]] = field(repr=False)
+    pool: list[tuple[int, int, "Piece"]] = field(repr=False)
     is_free: bool = True
-    previous: "Block | None" = field(default=None, repr=False)
-    next: "Block | None" = field(default=None, repr=False)
+    previous: "Piece | None" = field(default=None, repr=False)
+    next: "Piece | None" = field(default=None, repr=False)
 
 
 def rounded(count: int) -> int:
@@ -66,10 +66,10 @@ class CachingAllocator:
         self.reserved_bytes = 0
         self.peak_allocated_bytes = 0
         self.peak_reserved_bytes = 0
-        self.segments: dict[int, Block] = {}  # address -> first block
+        self.segments: dict[int, Piece] = {}  # address -> first block
         # Free blocks of each pool as (size, address, block), sorted: the first that is large enough is the best fit.
-        self._small: list[tuple[int, int, Block]] = []
-        self._large: list[tuple[int, int, Block]] = []
+        self._small: list[tuple[int, int, Piece]] = []
+        self._large: list[tuple[int, int, Piece]] = []
         self._next_address = 0x7F0000000000
 
     def reset_peak(self) -> None:
@@ -77,7 +77,7 @@ class CachingAllocator:
         self.peak_allocated_bytes = self.allocated_bytes
         self.peak_reserved_bytes = self.reserved_bytes
 
-    def allocate(self, count: int) -> Block:
+    def allocate(self, count: int) -> Piece:
         """A block of at least `count` > 0 bytes. Raises `SimulatedOutOfMemory` where `limit_bytes` forbids it."""
         size = rounded(count)
         pool = self._small if size <= SMALL_BYTES else self._large
@@ -90,7 +90,7 @@ class CachingAllocator:
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
         return block
 
-    def free(self, block: Block) -> None:
+    def free(self, block: Piece) -> None:
         """Take a block back and merge it with free neighbours."""
         self.allocated_bytes -= block.size
         block.is_free = True
@@ -108,36 +108,36 @@ class CachingAllocator:
             del self.segments[first.address]
             self.reserved_bytes -= first.size
 
-    def _best_fit(self, pool: list[tuple[int, int, Block]], size: int) -> Block | None:
+    def _best_fit(self, pool: list[tuple[int, int, Piece]], size: int) -> Piece | None:
         index = bisect.bisect_left(pool, (size, 0))
         return pool.pop(index)[2] if index < len(pool) else None
 
-    def _new_segment(self, pool: list[tuple[int, int, Block]], size: int) -> Block:
+    def _new_segment(self, pool: list[tuple[int, int, Piece]], size: int) -> Piece:
         segment_bytes = _segment_bytes(size)
         if self.limit_bytes is not None and self.reserved_bytes + segment_bytes > self.limit_bytes:
             self.release_cached()
             if self.reserved_bytes + segment_bytes > self.limit_bytes:
                 raise SimulatedOutOfMemory(segment_bytes, self.limit_bytes - self.allocated_bytes, self.allocated_bytes)
-        block = Block(self._next_address, segment_bytes, pool)
+        block = Piece(self._next_address, segment_bytes, pool)
         self._next_address += segment_bytes
         self.segments[block.address] = block
         self.reserved_bytes += segment_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         return block
 
-    def _split(self, block: Block, size: int) -> None:
-        rest = Block(block.address + size, block.size - size, block.pool, previous=block, next=block.next)
+    def _split(self, block: Piece, size: int) -> None:
+        rest = Piece(block.address + size, block.size - size, block.pool, previous=block, next=block.next)
         if rest.next is not None:
             rest.next.previous = rest
         block.next, block.size = rest, size
         bisect.insort(rest.pool, (rest.size, rest.address, rest))
 
-    def _merge(self, left: Block, right: Block) -> None:
+    def _merge(self, left: Piece, right: Piece) -> None:
         left.size += right.size
         left.next = right.next
         if left.next is not None:
             left.next.previous = left
 
-    def _forget(self, block: Block) -> None:
+    def _forget(self, block: Piece) -> None:
         """Take a free block out of its pool."""
         del block.pool[bisect.bisect_left(block.pool, (block.size, block.address))]

@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from src.machine import H100, Gpu
-from src.predict.allocator import Block, CachingAllocator
+from src.predict.allocator import CachingAllocator, Piece
 from src.predict.live_memory import LiveMemory
 
 aten = torch.ops.aten
@@ -101,7 +101,7 @@ class FakeGpu(LiveMemory):
         self.phase = "load"
         self.phase_starts: list[tuple[int, str]] = []  # (number of the first event, phase)
         self.events: list[tuple[str, Allocation]] = []  # ("alloc" | "free", which), in order
-        self.allocations: dict[Block, Allocation] = {}  # of the live blocks
+        self.allocations: dict[Piece, Allocation] = {}  # of the live blocks
         self.record_frames = False
         self._module = ""
         self._inside_operation = False
@@ -153,7 +153,7 @@ class FakeGpu(LiveMemory):
         self._take_temporaries(func, args)
         return result
 
-    def allocate(self, count: int, func: Callable | None) -> Block:
+    def allocate(self, count: int, func: Callable | None) -> Piece:
         block = super().allocate(count, func)
         allocation = Allocation(
             size=block.size,
@@ -168,7 +168,7 @@ class FakeGpu(LiveMemory):
         self.events.append(("alloc", allocation))
         return block
 
-    def free(self, block: Block) -> None:
+    def free(self, block: Piece) -> None:
         super().free(block)
         self.events.append(("free", self.allocations.pop(block)))
 

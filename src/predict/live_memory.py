@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.predict.allocator import Block, CachingAllocator
+from src.predict.allocator import CachingAllocator, Piece
 
 # Modules between an operation and a mode's __torch_dispatch__, which PyTorch wraps.
 _DISPATCHING = ("torch._dynamo", "torch._compile")
@@ -36,7 +36,7 @@ class LiveMemory(TorchDispatchMode):
     def __init__(self, allocator: CachingAllocator | None = None) -> None:
         super().__init__()
         self.allocator = allocator or CachingAllocator()
-        self.blocks: dict[int, Block] = {}  # block of each live storage, by the address of its StorageImpl
+        self.blocks: dict[int, Piece] = {}  # block of each live storage, by the address of its StorageImpl
 
     @property
     def live_bytes(self) -> int:
@@ -52,7 +52,7 @@ class LiveMemory(TorchDispatchMode):
         """Let the peak start again from what is alive now."""
         self.allocator.reset_peak()
 
-    def block_of(self, tensor: torch.Tensor) -> Block | None:
+    def block_of(self, tensor: torch.Tensor) -> Piece | None:
         """The block that holds `tensor`, None if it has no bytes or was made outside."""
         return self.blocks.get(tensor.untyped_storage()._cdata)
 
@@ -75,15 +75,15 @@ class LiveMemory(TorchDispatchMode):
             self.blocks[storage._cdata] = block
             weakref.finalize(storage, self._storage_freed, storage._cdata, block)
 
-    def allocate(self, count: int, func: Callable | None) -> Block:
+    def allocate(self, count: int, func: Callable | None) -> Piece:
         """A block for `count` bytes that operation `func` asked for."""
         return self.allocator.allocate(count)
 
-    def free(self, block: Block) -> None:
+    def free(self, block: Piece) -> None:
         """Take back a block."""
         self.allocator.free(block)
 
-    def _storage_freed(self, key: int, block: Block) -> None:
+    def _storage_freed(self, key: int, block: Piece) -> None:
         # A block that was taken over by another storage is that storage's to free.
         if self.blocks.get(key) is block:
             del self.blocks[key]

@@ -27,9 +27,12 @@ FORMATS: dict[str, Callable[[Table], str]] = {
 
 
 def runs_table(found: Sequence[Record]) -> Table:
-    """A row for each record, whatever became of it: settings, peak, latency, throughput."""
+    """A row for each record, whatever became of it: settings, peak, latency, throughput, parity.
+
+    Parity is the gradients' error against fp32, over that of Hugging Face's code in the same dtype.
+    """
     header = ["kernels", "batch", "seq", "settings", "status", "peak GiB", "ms a step", "IQR ms", "tokens/s", "MFU"]
-    return [header, *(_row(record) for record in sorted(found, key=_order))]
+    return [[*header, "parity"], *(_row(record) for record in sorted(found, key=_order))]
 
 
 def _order(record: Record) -> tuple:
@@ -57,6 +60,7 @@ def _row(record: Record) -> list[str]:
         number_or_empty(record.latency_iqr_s, 1e-3, "{:,.1f}"),
         number_or_empty(record.throughput_tokens_per_s, 1, "{:,.0f}"),
         number_or_empty(record.mfu, 1e-2, "{:.1f}%"),
+        number_or_empty(None if record.parity is None else record.parity.ratio, 1, "{:.2f}"),
     ]
 
 
