@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from src.cli import parse_config, run
+from src.cli import command_line, run_config
 from src.offload_config import OffloadConfig
 from src.record import load
 from src.utils import UsageError
@@ -37,11 +37,12 @@ Path(f"{{me}}.new").rename(f"pid{{me}}")
 while not (Path("pid0").exists() and Path("pid1").exists()): time.sleep(0.02)
 {code}
 """
-# The supervisor, which is told to be less patient.
+# The supervisor, which is told to be less patient, and to take the launcher on PATH: mostly the stand-in's.
 SUPERVISOR = """
-import sys
+import shutil, sys
 from src.offload import launch
 launch._STOPPED_S = 1
+launch.launcher = lambda: [shutil.which("deepspeed")]
 sys.exit(launch.main(sys.argv[1:]))
 """
 FLAGS = ["--num_gpus", "2", "--no_local_rank", "--log_level", "critical", "--module", "src.offload.rank"]
@@ -303,8 +304,11 @@ def waited(monkeypatch):
 
 
 def failing(error):
+    # gloo's errors are plain ones, raised in PyTorch's module.
+    place = torch.distributed.distributed_c10d.__file__ if error is GLOO else __file__
+
     def main(config):
-        raise error
+        exec(compile("raise error", place, "exec"), {"error": error})
 
     return main
 
@@ -330,11 +334,11 @@ def test_rank_gives_way_to_those_that_tell_the_same_or_the_cause(
     waited, capsys, error, rank, local_rank, waits, status, line
 ):
     times = waited(rank, local_rank)
-    assert run(failing(error), SimpleNamespace(debug=False)) == status
+    assert run_config(failing(error), SimpleNamespace(debug=False)) == status
     assert bool(times) == waits
     assert_one_error_line(capsys.readouterr().err, f"error: {line}")
     times = waited(0, 0, world_size=1)
-    run(failing(error), SimpleNamespace(debug=False))
+    run_config(failing(error), SimpleNamespace(debug=False))
     assert not times
     assert "rank 0: " not in capsys.readouterr().err
 
@@ -344,6 +348,6 @@ def test_one_rank_tells_of_bad_arguments(waited, words):
     for rank, local_rank, waits in ((0, 0, False), (1, 1, True), (2, 0, False)):
         times = waited(rank, local_rank)
         with pytest.raises(SystemExit) as stopped:
-            parse_config(None, OffloadConfig(device="cuda"), cpu_defaults={}, words=words)
+            command_line(None, OffloadConfig(device="cuda"), {}, words)
         assert stopped.value.code == 2
         assert bool(times) == waits

@@ -90,6 +90,6 @@ def test_checkpoint_every_computes_the_same(tmp_path):
 
 
 def test_qwen3s_kernels_compute_what_hugging_faces_code_does(tmp_path):
-    model = folder_of(tmp_path, "tiny-qwen3", vocab_size=199, hidden_size=32, intermediate_size=48)
-    config = tiny_config(model_name=model, seq_length=8, **ALL_KERNELS)
+    model = folder_of(tmp_path, "tiny-qwen3", num_hidden_layers=1, vocab_size=99, hidden_size=16, intermediate_size=24)
+    config = tiny_config(model_name=model, seq_length=4, **ALL_KERNELS)
     assert difference(config, dataclasses.replace(config, **techniques.without(config))) < kernels.TOLERANCE
