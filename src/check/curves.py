@@ -105,3 +105,8 @@ def worst_ratio(found: Sequence[tuple[RunConfig, Parity]], dtype: str, reduction
         if config.dtype == dtype and config.kernels and parity.ratio is not None
         if reduction is None or (config.flce and config.flce_reduction == reduction)
     )
+
+
+def short(found: Sequence[tuple[RunConfig, Parity]], tokens: int) -> list[tuple[RunConfig, Parity]]:
+    """The comparisons in 16 bits on so many tokens, of runs that turn something on."""
+    return [(c, p) for c, p in found if p.tokens == tokens and c.dtype != "fp32" and c.kernels]
