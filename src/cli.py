@@ -179,4 +179,4 @@ def _comes_from_another_rank(error: BaseException) -> bool:
 
     places = [frame.filename for frame in traceback.extract_tb(error.__traceback__)[-3:]]
     in_collective = any("torch/distributed/" in place or "deepspeed/comm/" in place for place in places)
-    return isinstance(error, torch.distributed.DistError) or (ranks.world_size() > 1 and in_collective)
+    return in_collective or isinstance(error, torch.distributed.DistError)

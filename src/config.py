@@ -61,7 +61,7 @@ class Sizes:
 
 
 def _technique_field(technique: Technique) -> tuple[str, type, Any]:
-    flags = tuple(filter(None, (technique.offload_flag, technique.flag)))
+    flags = tuple(filter(None, (technique.flag, technique.offload_flag)))
     own = option(
         technique.default,
         technique.help,

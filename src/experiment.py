@@ -4,7 +4,7 @@ import os
 import random
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -72,9 +72,6 @@ class Experiment:
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self.gradients()]
         return torch.linalg.vector_norm(torch.stack(norms)).item() / self.scaler.get_scale()
 
-    def close(self) -> None:
-        """Nothing runs on behind the last step."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Script:
@@ -86,7 +83,7 @@ class Script:
     build_experiment: Callable[..., Experiment]
     main: Callable[..., int]  # runs one configuration; returns the exit status
     # Makes a `main` for several runs in one process that differ in their sizes alone, and share what it builds.
-    main_for_many: Callable[[], Callable[..., int]] | None = field(default=None)
+    main_for_many: Callable[[], Callable[..., int]] | None = None
 
 
 Build = Callable[[RunConfig, Runtime], Experiment]

@@ -89,10 +89,9 @@ def apply_kernels(config: RunConfig, family: Family) -> None:
     kernel on, Liger is not even imported. Liger's stand-alone cross-entropy stays off: with `flce=False` the loss is
     Hugging Face's. Raises `UsageError` if Liger is missing, or has no such kernel for the family.
     """
-    chosen = [name for name in KERNEL_NAMES if getattr(config, name)]
-    if not chosen:
+    if not config.kernels:
         return
-    if missing := [name for name in chosen if name not in family.liger_switches]:
+    if missing := [name for name in config.kernels if name not in family.liger_switches]:
         raise UsageError(
             f"Liger has no {missing[0]} kernel for {family.model_type} models: --{TECHNIQUES[missing[0]].flag} 0"
         )
@@ -104,7 +103,7 @@ def apply_kernels(config: RunConfig, family: Family) -> None:
             f"Liger's kernels cannot be imported ({error}): pip install -r requirements.txt, or switch them off: {off}"
         ) from error
     _hide_notices()
-    switches = {switch: name in chosen for name, switch in family.liger_switches.items()}
+    switches = {switch: name in config.kernels for name, switch in family.liger_switches.items()}
     patch(**switches, cross_entropy=False)
 
 

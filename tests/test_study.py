@@ -363,3 +363,15 @@ def test_real_script_predicts_a_grid(run_study, tmp_path):
         assert (record.status, record.mode, record.run.dtype, record.run.batch_size) == ("ok", "predicted", "fp32", 2)
         assert sum(record.peak_breakdown.values()) == record.peak_memory_bytes
     assert {path.suffix for path in (tmp_path / "results").iterdir()} == {".json", ".txt"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "device"),
+    [
+        (["--device", "cpu"], "cpu"),
+        (["--dtype=fp32", "--device=cuda"], "cuda"),
+        (["--result_dir", "cpu"], None),  # a folder of that name lets no kernel be interpreted
+    ],
+)
+def test_device_is_that_of_its_own_flag(flags, device):
+    assert study._device(flags) == device

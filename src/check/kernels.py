@@ -68,17 +68,15 @@ def train(config: RunConfig, build: Build) -> Trained:
 
 def label(config: RunConfig) -> str:
     """The compared techniques that a run has on."""
-    off = techniques.without(config)
-    on = [TECHNIQUES[name] for name, value in off.items() if getattr(config, name) != value]
-    return " + ".join(t.name if t.is_kernel else f"{t.name} {getattr(config, t.name)}" for t in on)
+    on = techniques.turned_on(config)
+    return " + ".join(name if TECHNIQUES[name].is_kernel else f"{name} {value}" for name, value in on.items())
 
 
 def variants(config: RunConfig) -> list[RunConfig]:
     """Hugging Face's code, each technique of `config` alone with what it needs, and all of them together."""
-    off = techniques.without(config)
-    chosen = [name for name, value in off.items() if getattr(config, name) != value]
-    sets = [{name, *TECHNIQUES[name].needs} & off.keys() for name in chosen]
-    sets += [set(chosen)] if len(chosen) > 1 else []
+    off, on = techniques.without(config), techniques.turned_on(config)
+    sets = [{name, *TECHNIQUES[name].needs} & off.keys() for name in on]
+    sets += [set(on)] if len(on) > 1 else []
     own = [{name: getattr(config, name) for name in names} for names in [set(), *sets]]
     return list(dict.fromkeys(dataclasses.replace(config, **off | values) for values in own))
 
@@ -170,7 +168,7 @@ def _forecast(planned: RunConfig, build: Build) -> str:
     """The memory of the run that a GPU would make of the same command."""
     off = techniques.without(planned)
     named = {"Hugging Face": off}
-    if own := {name: getattr(planned, name) for name in off if getattr(planned, name) != off[name]}:
+    if own := techniques.turned_on(planned):
         named["Liger" if all(TECHNIQUES[name].is_kernel for name in own) else "this run"] = off | own
     head = (
         f"\nForecast for an {H100.name} (python {planned.script}_liger_kernel.py --dry_run): {planned.model_name}, "

@@ -170,10 +170,6 @@ class Record(_Typed):
         """The status of a program whose result is this record."""
         return ExitStatus.OUT_OF_MEMORY if self.status == "oom" else ExitStatus.DONE
 
-    def changed(self, **values: Any) -> "Record":
-        """A copy with other values."""
-        return Record(**{name: getattr(self, name) for name in type(self).model_fields} | values)
-
 
 def save(record: Record, path: Path, text: Callable[[Record], str]) -> None:
     """Write the record and beside it, as the original did, its printed figures as text."""

@@ -117,16 +117,15 @@ class Recorder:
 
     def _take_earlier_failure(self) -> None:
         path = self.config.record_file
-        if not path.exists() or path.stat().st_mtime < self._started:
-            return
-        told = load(path)
-        if told.status != "ok":
+        told = _record_in(path)
+        if told is not None and told.status != "ok" and path.stat().st_mtime >= self._started:
             self.record.status, self.record.error = told.status, told.error
 
     def _save_or_print(self) -> None:
         """Save the record; a full disk costs the file, not the figures, and a failure replaces no result."""
         path = self.config.record_file
-        if self.record.status == "error" and _is_result(path):
+        kept = _record_in(path) if self.record.status == "error" else None
+        if kept is not None and kept.status != "error":
             error_line(f"{path} keeps the result of an earlier run; this one failed")
             return
         try:
@@ -245,12 +244,12 @@ def new_record(config: RunConfig, mode: str, environment: dict[str, Any], **valu
     )
 
 
-def _is_result(path: Path) -> bool:
-    """Whether a file has a result, not a failure."""
+def _record_in(path: Path) -> Record | None:
+    """The record in a file, None if there is none or it cannot be read."""
     try:
-        return load(path).status != "error"
+        return load(path)
     except UsageError:
-        return False
+        return None
 
 
 def check_folders(config: RunConfig) -> None:

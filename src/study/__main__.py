@@ -67,9 +67,17 @@ def _parsed() -> tuple[argparse.Namespace, list[str]]:
     return arguments, flags
 
 
+def _device(flags: list[str]) -> str | None:
+    """The --device among the script's flags, None if none is named."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--device")
+    return parser.parse_known_args(flags)[0].device
+
+
 def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
     # Imported here, so that --help and most mistakes need not wait for PyTorch. Triton reads this while it is imported.
-    if any(word in ("--device=cpu", "cpu") for word in flags):
+    device = _device(flags)
+    if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # look for a GPU without initialising CUDA
     from tqdm import tqdm
@@ -80,7 +88,7 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
 
     tqdm.monitor_interval = 0  # no thread beside a process that forks
     axes = grid_axes(arguments.grid)
-    if not {"--dry_run", "--device"} & {flag.partition("=")[0] for flag in flags}:
+    if device is None and "--dry_run" not in {flag.partition("=")[0] for flag in flags}:
         _require_gpus(arguments.num_gpus)
     # Snapshots and logs of a whole grid are asked for, not usual.
     flags = ["--snapshot_dir=", "--log_dir=", *flags]

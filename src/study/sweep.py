@@ -31,7 +31,6 @@ class Sweep:
 
     def run(self) -> int:
         """Run what has no record yet; returns the exit status."""
-        self._check_records()
         own = {task.config.run_name: told for task in self._tasks if (told := finished_record(task.config))}
         done = self._ran_under_a_limit() | own
         self._check_machine(done)
@@ -62,12 +61,6 @@ class Sweep:
         if self._job is not None:
             self._job.end()
             self._job = None
-
-    def _check_records(self) -> None:
-        """Raises `UsageError` if a file stands where a record would go and is none: it is not ours to replace."""
-        for path in {task.config.record_file for task in self._tasks}:
-            if path.exists():
-                load(path)
 
     def _ran_under_a_limit(self) -> dict[str, Record]:
         """Name of a task without a memory limit -> record of the same run under one that it never met."""
@@ -154,7 +147,10 @@ def _record_since(moment: float, config: RunConfig) -> Record | None:
 
 
 def finished_record(config: RunConfig) -> Record | None:
-    """The record of a run that ended with a result of its own; failures are tried again."""
+    """The record of a run that ended with a result of its own; failures are tried again.
+
+    Raises `UsageError` if a file stands in its place that is no record: it is not ours to replace.
+    """
     if not config.record_file.exists():
         return None
     record = load(config.record_file)

@@ -38,7 +38,7 @@ def kernels_title(config: Config) -> str:
     for word, switches in STRATEGIES.items():
         if all(getattr(config, name) == is_on for name, is_on in switches.items()):
             return TITLES[word]
-    return " + ".join(name for name in KERNEL_NAMES if getattr(config, name)) + " only"
+    return " + ".join(config.kernels) + " only"
 
 
 def title(config: Config) -> str:
@@ -50,6 +50,11 @@ def title(config: Config) -> str:
 def without(config: Config) -> dict[str, Any]:
     """The settings that turn off, in a run, what is compared and what needs it: Hugging Face's own code."""
     return {t.name: False if t.is_kernel else t.default for t in TECHNIQUES.values() if t.compared or t.needs}
+
+
+def turned_on(config: Config) -> dict[str, Any]:
+    """The settings in which a run differs from `without`, by name."""
+    return {name: own for name, off in without(config).items() if (own := getattr(config, name)) != off}
 
 
 def check(config: Config) -> None:
