@@ -103,7 +103,9 @@ def test_records_that_say_otherwise_stop_the_build(monkeypatch):
     place = evidence.folder("h100_single_gpu")
     default, folder = place.run("all"), evidence.folder
     others = [record for record in place.records if record is not default]
-    worse = Folder(place.name, [*others, default.changed(peak_memory_bytes=int(1.7 * default.peak_memory_bytes))])
+    worse = Folder(
+        place.name, [*others, default.model_copy(update={"peak_memory_bytes": int(1.7 * default.peak_memory_bytes)})]
+    )
     monkeypatch.setattr(evidence, "folder", lambda name: worse if name == place.name else folder(name))
     with pytest.raises(UsageError, match=r"^doc/source/\w+\.md, line \d+: the records no longer show this: '.+'$"):
         build.render.__wrapped__("report")
@@ -217,7 +219,9 @@ def test_savings_are_ratios_of_the_records():
 
 def used(record, gib, memory=H100.memory_bytes):
     environment = record.environment.model_copy(update={"gpu_memory_bytes": memory})
-    return record.changed(device_used_bytes=int(gib * GIB) if record.status == "ok" else None, environment=environment)
+    return record.model_copy(
+        update={"device_used_bytes": int(gib * GIB) if record.status == "ok" else None, "environment": environment}
+    )
 
 
 LIMIT = {"memory_limit_gib": 24.0}

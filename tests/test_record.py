@@ -99,7 +99,9 @@ def test_nan_and_infinity_become_null_in_strict_json(config, value):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    record.save(measured(config, losses=[1.0, value]).changed(grad_norm=value), config.record_file, summary)
+    record.save(
+        measured(config, losses=[1.0, value]).model_copy(update={"grad_norm": value}), config.record_file, summary
+    )
     stored = json.loads(config.record_file.read_text(), parse_constant=refuse)
     assert (stored["losses"], stored["loss"], stored["grad_norm"]) == ([1.0, None], None, None)
     assert "not finite" in summary(load(config.record_file))
@@ -376,14 +378,14 @@ def test_report_has_the_figures_of_a_measured_run_and_names_its_files(config):
         "Loss": "2.5000 last timed step",
         "Gradient norm": "1.5000 one more step",
     }
-    assert rows(one.changed(floor_s=0.4))["Floor"] == "400.00 ms the step takes 1.25 times as long"
+    assert rows(one.model_copy(update={"floor_s": 0.4}))["Floor"] == "400.00 ms the step takes 1.25 times as long"
     text = report(one)
     assert text.splitlines()[:2] == [
         f"tiny-llama, batch 2 x 16 tokens, fp32, on {H100}",
         "Liger kernels: none; gradient checkpointing on",
     ]
     assert text.endswith(summary(one))
-    assert "predicted for Card" in report(one.changed(simulated_gpu="Card"))
+    assert "predicted for Card" in report(one.model_copy(update={"simulated_gpu": "Card"}))
     record.save(one, config.record_file, summary)
     assert files_written(config) == f"record   {config.record_file}"
 
