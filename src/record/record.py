@@ -56,8 +56,10 @@ class Failure(_Typed):
     type: str
     message: str
     requested_bytes: int | None = None
-    free_bytes: int | None = None
+    free_bytes: int | None = None  # in all, whatever its pieces: not yet reserved, and unused inside what is reserved
+    reserved_bytes: int | None = None  # by PyTorch's allocator
     allocated_bytes: int | None = None
+    largest_gap_bytes: int | None = None  # the largest unused piece inside what is reserved
 
 
 class KernelCheck(_Typed):
