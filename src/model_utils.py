@@ -3,6 +3,7 @@
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from src import architecture, techniques
 from src.config import RunConfig
-from src.families import FAMILIES, SHAPES, Family, shipped
+from src.families import FAMILIES, Family, check_name, shipped
 from src.techniques import KERNEL_NAMES, TECHNIQUES
 from src.utils import UsageError, first_line
 
@@ -32,21 +33,15 @@ def load_model_config(config: RunConfig) -> PretrainedConfig:
 
     Raises `UsageError` if the model is unknown, of no family, or cannot take `config.seq_length` tokens.
     """
+    check_name(config.model_name, pretrained=config.pretrained)
     known = shipped(config.model_name)
     if known is not None and not config.pretrained:
         family, shape = known
         model_config = getattr(transformers, family.config_class)(**shape)
-    elif Path(config.model_name).is_dir():
+    elif os.path.isdir(config.model_name):
         model_config = architecture.read(Path(config.model_name, "config.json"), config.model_name)
-    elif config.pretrained:
-        if known is not None and "/" not in config.model_name:
-            raise UsageError(f"{config.model_name} is a shape that nobody trained: leave out --pretrained")
-        model_config = architecture.read(_from_hub(_download_config, config.model_name), config.model_name)
     else:
-        raise UsageError(
-            f"unknown model {config.model_name!r}: use one of {', '.join(SHAPES)} (or its -Instruct id), a local "
-            "folder with a config.json, or, to measure, --pretrained with a Hub id you have access to"
-        )
+        model_config = architecture.read(_from_hub(_download_config, config.model_name), config.model_name)
     if config.seq_length > model_config.max_position_embeddings:
         raise UsageError(
             f"--seq_length {config.seq_length} is beyond the {model_config.max_position_embeddings} positions "
@@ -62,7 +57,7 @@ def _download_config(model_name: str, *, local_files_only: bool) -> Path:
 
 def _from_hub(load: Callable[..., Any], model_name: str, **kwargs: Any) -> Any:
     """`load(model_name)` with the many ways in which it fails told in one line, and no wait for a Hub out of reach."""
-    unreachable = not Path(model_name).is_dir() and _hub_is_unreachable()
+    unreachable = not os.path.isdir(model_name) and _hub_is_unreachable()
     try:
         return load(model_name, local_files_only=unreachable, **kwargs)
     except (OSError, ValueError, HfHubHTTPError) as error:

@@ -17,7 +17,6 @@ from src.check.devices import TrackedHost
 from src.check.parity import measure_parity
 from src.config import RunConfig
 from src.experiment import Build, Script
-from src.families import SHAPES
 from src.machine import H100
 from src.measure import Measurement, PhasePeaks, measure, measure_phases
 from src.model_utils import implementations, patched
@@ -31,10 +30,6 @@ from src.utils import ExitStatus, UsageError, aligned_table, format_bytes
 
 # Kernels and Hugging Face's code add up the same numbers in another order: differences of a few roundings each.
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
-
-FULL_SIZE = {
-    name + suffix for name in SHAPES if not name.startswith(("tiny-", "small-")) for suffix in ("", "-Instruct")
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +119,8 @@ def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
 
     Returns the exit status, 1 if a technique disagrees.
     """
-    if config.memory_limit_gib is not None:
-        raise UsageError("on a CPU there is no --memory_limit_gib: --dry_run --memory_limit_gib says what fits")
-    if config.dtype == "bf16" or (config.dtype == "fp16" and not config.parity):
-        raise UsageError("on a CPU the kernels are checked in fp32, with --parity also in fp16; bf16 needs a GPU")
-    if config.model_name in FULL_SIZE:
-        raise UsageError(f"{config.model_name} needs a GPU: Triton's interpreter is too slow for it; use tiny-llama")
+    if refusal := config.refusal_on_cpu():
+        raise UsageError(refusal)
     interpreter.enable()
     if config.parity:
         return _parity(config)
