@@ -23,7 +23,7 @@ DEFAULTS = OffloadConfig()
 CPU_DEFAULTS = {
     "model_name": "tiny-llama",
     "batch_size": 2,
-    "seq_length": 64,
+    "seq_length": 32,
     "iterations": 2,
     "warmup": 1,
     "dtype": "fp32",
