@@ -138,8 +138,8 @@ def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
         recorder.add_phases(trained[-1].phases)
         if config.log_dir:
             write_tensorboard(config.log_folder, recorder.record, trained[-1].measurement)
-    # The step whose gradients are compared trains, too.
-    steps = f"{config.warmup + config.iterations + 1} training steps, {config.batch_size} x {config.seq_length} tokens, fp32"
+    count = config.warmup + 1 + config.iterations  # the step whose gradients are compared trains, too
+    steps = f"{count} training steps, {config.batch_size} x {config.seq_length} tokens, fp32"
     print(f"\n{config.model_name}, {steps}; differences are relative, a rounding is 1e-07\n")
     print(table(rows), files_written(config), sep="\n\n")
     print("\nRunning this on a GPU would add measured peaks, latency, throughput, a snapshot and a trace.")
