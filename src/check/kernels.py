@@ -125,6 +125,7 @@ def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
     if config.parity:
         return _parity(config)
     print("No GPU in use: checking the Liger kernels against Hugging Face's code on the CPU, in Triton's interpreter.")
+    print("That has small sizes of its own, which flags change; the forecast is of the run on a GPU.", flush=True)
     if planned is not None:
         print(_forecast(planned, script.build_experiment))
     recorder = Recorder(config, "interpreted", torch.device("cpu"))
