@@ -77,7 +77,7 @@ def read(path: Path, model_name: str) -> transformers.PretrainedConfig:
         objections = Architecture.model_validate(values).objections()
         if objections:
             raise UsageError(objections[0])
-        found = getattr(transformers, FAMILIES[values["model_type"]].config_class).from_dict(values | _OUTPUTS)
+        found = getattr(transformers, FAMILIES[values["model_type"]].config).from_dict(values | _OUTPUTS)
         one_layer_model(found)  # finds what Hugging Face's classes cannot build
         return found
     except pydantic.ValidationError as error:

@@ -37,7 +37,7 @@ def load_model_config(config: RunConfig) -> PretrainedConfig:
     known = shipped(config.model_name)
     if known is not None and not config.pretrained:
         family, shape = known
-        model_config = getattr(transformers, family.config_class)(**shape)
+        model_config = getattr(transformers, family.config)(**shape)
     elif os.path.isdir(config.model_name):
         model_config = architecture.read(Path(config.model_name, "config.json"), config.model_name)
     else:
@@ -47,6 +47,9 @@ def load_model_config(config: RunConfig) -> PretrainedConfig:
             f"--seq_length {config.seq_length} is beyond the {model_config.max_position_embeddings} positions "
             f"of {config.model_name}"
         )
+    family = family_of(model_config)
+    if family.not_sdpa and config.attention == "sdpa":
+        raise UsageError(f"{config.model_name} needs --attention eager: {family.not_sdpa}, which sdpa leaves out")
     model_config.use_cache = False
     return model_config
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config
 
 import all_gpu_liger_kernel as script
-from src import model_utils
+from src import model_utils, techniques
 from src.architecture import LARGEST_FILE_BYTES
 from src.config import RunConfig
 from src.experiment import random_batches_of_rank
@@ -54,17 +54,42 @@ PARAMETERS = {
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
     "Qwen/Qwen3-0.6B": 596_049_920,
     "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "mistralai/Mistral-Nemo-Base-2407": 12_247_782_400,
+    "google/gemma-2-2b": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-3-270m": 268_098_176,
+    "google/gemma-3-1b-pt": 999_885_952,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/phi-4": 14_659_507_200,
+    "allenai/OLMo-2-0425-1B": 1_484_916_736,
+    "allenai/OLMo-2-1124-7B": 7_298_617_344,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "ibm-granite/granite-3.1-2b-base": 2_533_531_648,
+    "ibm-granite/granite-3.1-8b-base": 8_170_848_256,
 }
 
 
 def small_folder(folder, family, **shape):
     """A local folder with the config.json of a small model of a family."""
-    shape = (
-        dict(next(iter(family.shapes.values()))) | {"hidden_size": 48, "intermediate_size": 88, "head_dim": 12} | shape
-    )
-    sizes = {"vocab_size": 199, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    getattr(transformers, family.config_class)(**shape | sizes).save_pretrained(folder)
+    tiny = next(shape for name, shape in family.shapes.items() if name.startswith("tiny-"))
+    sizes = {"vocab_size": 199, "hidden_size": 48, "intermediate_size": 88, "head_dim": 12, "num_hidden_layers": 3}
+    getattr(transformers, family.config)(**tiny | sizes | shape).save_pretrained(folder)
     return str(folder)
+
+
+def of_shape(name, **fields):
+    """A run of a shipped shape with the attention that its family needs."""
+    config = tiny_config(model_name=name, **fields)
+    return dataclasses.replace(config, **techniques.chosen(config, fields))
+
+
+def can_have(family, kernels):
+    """Whether Liger has every kernel that is on for a family."""
+    return {name for name, is_on in kernels.items() if is_on} <= family.liger_switches.keys()
 
 
 def replaceable(family):
@@ -73,13 +98,16 @@ def replaceable(family):
     return vars(module) | {"forward": getattr(module, family.causal_lm).forward} | vars(torch.nn.functional)
 
 
-@pytest.mark.parametrize("kernels", ALL_SETS, ids=strategy_id)
-@pytest.mark.parametrize("name", ONE_OF_EACH_FAMILY)
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [(name, kernels) for name in ONE_OF_EACH_FAMILY for kernels in ALL_SETS if can_have(SHAPES[name][0], kernels)],
+    ids=lambda value: value if isinstance(value, str) else strategy_id(value),
+)
 def test_kernels_replace_their_own_parts_and_patched_undoes_it(name, kernels):
     family = SHAPES[name][0]
     before = replaceable(family)
     with patched():
-        model = build_model(tiny_config(model_name=name, **kernels), META)
+        model = build_model(of_shape(name, **kernels), META)
         ran = implementations(model)
         for kernel in KERNEL_NAMES:
             assert ran[kernel].startswith("liger_kernel." if kernels[kernel] else "transformers."), kernel
@@ -88,7 +116,7 @@ def test_kernels_replace_their_own_parts_and_patched_undoes_it(name, kernels):
         # What `implementations` reads off one module holds for all.
         classes = {type(module) for module in model.modules()}
         for kernel, part in {"swiglu": "MLP", "rms_norm": "Norm"}.items():
-            homes = {c.__module__.split(".")[0] for c in classes if c.__name__.endswith(part)}
+            homes = {c.__module__.split(".")[0] for c in classes if part in c.__name__}
             assert homes == {"liger_kernel" if kernels[kernel] else "transformers"}
         assert (replaceable(family) == before) == (kernels == HUGGING_FACE)
     assert replaceable(family) == before
@@ -100,7 +128,7 @@ def test_without_kernels_it_is_hugging_faces_code_and_liger_is_not_even_imported
     monkeypatch.setitem(sys.modules, "liger_kernel", None)  # importing it is an error
     for family in FAMILIES.values():
         code, forward = sys.modules[family.module], getattr(sys.modules[family.module], family.causal_lm).forward
-        model = build_model(tiny_config(model_name=next(iter(family.shapes))), META)
+        model = build_model(of_shape(next(iter(family.shapes))), META)
         assert type(model) is getattr(code, family.causal_lm)
         assert {type(layer) for layer in model.model.layers} == {getattr(code, family.decoder_layer)}
         for module in model.modules():
@@ -120,7 +148,7 @@ def test_kernel_that_liger_lacks_for_a_family_is_a_usage_error():
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if not name.startswith(("tiny-", "small-"))])
 def test_shipped_shape_has_the_published_parameter_count(name):
-    config = RunConfig(model_name=f"{name}-Instruct", **HUGGING_FACE)
+    config = of_shape(f"{name}-Instruct", dtype="bf16")
     model = build_model(config, META)
     total = sum(p.numel() for p in model.parameters())
     assert total == PARAMETERS[name]
@@ -320,6 +348,15 @@ def test_hub_that_does_not_answer_is_not_waited_for_and_a_gated_model_needs_its_
         build_model(tiny_config(model_name=model_name, pretrained=True), META)
     with pytest.raises(UsageError, match=r"tiny-llama is a shape that nobody trained"):
         build_model(tiny_config(pretrained=True), META)
+
+
+def test_family_whose_attention_sdpa_leaves_out_takes_eager(tmp_path):
+    assert of_shape("tiny-gemma2").attention == "eager"
+    assert of_shape("tiny-gemma3").attention == "sdpa"
+    folder = small_folder(tmp_path, FAMILIES["gemma2"])
+    build_model(tiny_config(model_name=folder, attention="eager"), META)
+    with pytest.raises(UsageError, match="needs --attention eager: its attention scores are capped"):
+        build_model(tiny_config(model_name=folder), META)
 
 
 def test_sequence_may_be_as_long_as_the_model_allows_and_no_longer(tmp_path):

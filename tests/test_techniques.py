@@ -4,16 +4,18 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 import all_gpu_liger_kernel as script
 from src import techniques
 from src.check import kernels
 from src.config import RunConfig
-from src.families import shipped
+from src.families import FAMILIES, shipped
+from src.model_utils import build_model, patched
 from src.offload_config import OffloadConfig
 from src.predict.dry_run import predict
 from src.utils import UsageError
-from tests.helpers import ALL_KERNELS, tiny_config, write_llama_folder
+from tests.helpers import tiny_config, write_llama_folder
 
 
 def difference(config, other):
@@ -89,7 +91,25 @@ def test_checkpoint_every_computes_the_same(tmp_path):
     assert difference(dataclasses.replace(config, checkpoint_every=2), config) == 0
 
 
-def test_qwen3s_kernels_compute_what_hugging_faces_code_does(tmp_path):
-    model = folder_of(tmp_path, "tiny-qwen3", num_hidden_layers=1, vocab_size=99, hidden_size=16, intermediate_size=24)
-    config = tiny_config(model_name=model, seq_length=4, **ALL_KERNELS)
-    assert difference(config, dataclasses.replace(config, **techniques.without(config))) < kernels.TOLERANCE
+@pytest.mark.parametrize(
+    "family",
+    [family for family in FAMILIES.values() if family.model_type != "llama"],
+    ids=lambda family: family.model_type,
+)
+def test_kernels_of_every_family_compute_what_hugging_faces_code_does(tmp_path, family):
+    tiny = next(name for name in family.shapes if name.startswith("tiny-"))
+    model = folder_of(tmp_path, tiny, num_hidden_layers=1, vocab_size=99, hidden_size=16, intermediate_size=24)
+    attention = "eager" if family.not_sdpa else "sdpa"
+    config = tiny_config(model_name=model, attention=attention, **dict.fromkeys(family.liger_switches, True))
+    ids = torch.randint(99, (2, 5))
+    gradients, weights = {}, None
+    for name, own in (("theirs", techniques.without(config)), ("ours", {})):
+        with patched():
+            built = build_model(dataclasses.replace(config, **own), torch.device("cpu"))
+            if weights is None:  # away from where norms begin, which would hide how they use their weights
+                weights = {key: value + 0.1 * torch.randn_like(value) for key, value in built.state_dict().items()}
+            built.load_state_dict(weights)
+            built(input_ids=ids, labels=ids).loss.backward()
+            gradients[name] = torch.cat([p.grad.flatten() for p in built.parameters()])
+    error = torch.linalg.vector_norm(gradients["ours"] - gradients["theirs"])
+    assert error < kernels.TOLERANCE * torch.linalg.vector_norm(gradients["theirs"])

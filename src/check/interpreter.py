@@ -2,8 +2,8 @@
 
 Three gaps of the interpreter stand between it and Liger's kernels (seen with triton 3.6.0 and 3.9.0) and are closed
 here: Python floats passed to a kernel stay Python floats, where a compiled kernel sees a float32 scalar;
-`libdevice.rsqrt` has no body; and a launch keeps its arguments alive until the garbage collector runs, which would
-show in tracked memory peaks.
+`libdevice.rsqrt` and `libdevice.tanh` have no body; and a launch keeps its arguments alive until the garbage collector
+runs, which would show in tracked memory peaks.
 """
 
 import os
@@ -19,7 +19,7 @@ def enable() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise UsageError("set TRITON_INTERPRET=1 before Python starts to run Liger's kernels on a CPU")
     _convert_float_arguments()
-    _define_rsqrt()
+    _define_functions()
     _pass_host_tensors_through()
 
 
@@ -41,12 +41,15 @@ def _convert_float_arguments() -> None:
     interpreter._implicit_cvt = convert_with_floats
 
 
-def _define_rsqrt() -> None:
+def _define_functions() -> None:
+    import numpy as np
     import triton.language as tl
     from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
 
-    # Liger's kernels import this name when they are first loaded.
+    # Liger's kernels import these names when they are first loaded.
     libdevice.rsqrt = lambda x: tl.math.rsqrt(x)
+    libdevice.tanh = lambda x: tl.tensor(TensorHandle(np.tanh(x.handle.data), x.handle.dtype), x.type)
 
 
 def _pass_host_tensors_through() -> None:

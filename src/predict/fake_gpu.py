@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from src.machine import H100, Gpu
 from src.predict.allocator import CachingAllocator, Piece
 from src.predict.live_memory import LiveMemory
+from src.utils import UsageError
 
 aten = torch.ops.aten
 _CUDA, _CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -245,7 +246,9 @@ def _attention(
     Half precision takes cuDNN's on Hopper and FlashAttention elsewhere; neither makes a length x length tensor. In
     fp32 only the plain formula takes grouped queries (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
     """
-    half = query.dtype in (torch.float16, torch.bfloat16) and attn_mask is None
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if half and attn_mask is not None:  # no record says which kernel PyTorch takes then, nor what that needs
+        raise UsageError("attention under a mask, as of a sliding window, is not predicted in half precision")
     if half and torch.cuda.get_device_capability()[0] == 9 and query.shape[-1] <= 128:
         return aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, query.requires_grad, dropout_p, is_causal, False, scale=scale
