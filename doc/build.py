@@ -37,7 +37,7 @@ from doc.evidence import ROOT
 from src.check import curves
 from src.machine import H100
 from src.predict.frontier import GRANULARITY
-from src.study.figures import setting_words
+from src.study.answers import setting_words
 from src.utils import ExitStatus, UsageError, error_line, markdown_table, write_atomically
 
 DOC = ROOT / "doc"

@@ -14,11 +14,10 @@ from doc.studies import GRID, LINES, NOT_MEASURED, Column
 from src.explain.categories import CATEGORIES
 from src.record import Record
 from src.study import answers
-from src.study.figures import absence
+from src.study.answers import MANY_TOKENS, absence
 from src.techniques import TITLES
 from src.utils import GIB, MIB, markdown_table
 
-MANY_TOKENS = 16 * 1024  # a step of so many is bound by the GPU
 CELL = ["kernels", "model", "settings", "checkpointing", "batch x seq", "GPU"]
 OFFLOAD_CELL = ["preset, and what differs from it", "kernels", "batch x seq", "GPU"]
 

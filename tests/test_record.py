@@ -346,7 +346,7 @@ def test_folder_that_cannot_be_written_is_a_usage_error_before_the_block(tmp_pat
 
 
 def test_full_disk_costs_the_file_and_not_the_figures(config, monkeypatch, capsys):
-    def full(self, text):
+    def full(self, text, **how):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     recorder = recorder_of(config)
