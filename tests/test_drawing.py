@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from matplotlib.container import ErrorbarContainer
 from PIL import Image
@@ -27,6 +26,7 @@ from src.study import answers, figures, tables
 from src.techniques import STRATEGIES, TITLES, kernels_only
 from src.utils import GIB, error_line, quartiles
 from tests.helpers import assert_one_error_line
+from tests.made_up import BAD, anything
 
 NONE, NO_FLCE, ALL = TITLES.values()
 GPU = "NVIDIA Imaginary 1000"
@@ -437,9 +437,7 @@ def test_what_cannot_be_drawn_is_one_line_and_its_status(draw, monkeypatch, tmp_
     assert not list(Path().rglob("*.png"))
 
 
-# What a formula, a table or a terminal would make of a text
-
-BAD = "=1+1|\x1b[31m\n$a$"
+# Whatever a file says
 
 
 def test_texts_from_files_are_escaped_for_where_they_go(tmp_path, capsys):
@@ -456,44 +454,15 @@ def test_texts_from_files_are_escaped_for_where_they_go(tmp_path, capsys):
     assert tables.to_csv([["-1.5", "+3", "1,000", "-x", "@y", "-5%"]]) == "-1.5,+3,1000,'-x,'@y,-5%"
     next(iter(drawn(found).values())).savefig(tmp_path / "x.png")
     error_line(BAD)
-    assert capsys.readouterr().err == "error: =1+1|\\x1b[31m $a$\n"
-
-
-# Anything that is a record
-
-SOME = st.none() | st.integers(-1, 2**40) | st.floats() | st.text(max_size=4) | st.lists(st.floats(0, 9), max_size=2)
-VALUES = {
-    "status": st.sampled_from(["ok", "oom", "error"]),
-    "mode": st.sampled_from(["measured", "predicted", "interpreted", "inferred"]),
-    "error": st.none() | st.just({"type": "x", "message": BAD}),
-    "parity": st.none(),
-    "peak_breakdown": st.none() | st.dictionaries(st.sampled_from(["mlp", "norm", BAD]), st.integers(0, 2**62)),
-    "frontier": st.none()
-    | st.builds(dict, searched=st.just("batch_size"), limit_bytes=st.just(1), predicted=st.integers(0, 2**20)),
-    "environment": st.builds(dict, gpu=st.none() | st.text(max_size=9), date=st.text(max_size=3)),
-}
-OFTEN = (
-    "status",
-    "mode",
-    "latency_iqr_s",
-    "step_seconds",
-    "peak_memory_bytes",
-    "frontier",
-    "simulated_gpu",
-    "environment",
-)
-RIGHT = record(NONE, 1, peak_breakdown={"mlp": GIB}).model_dump(by_alias=True)
+    assert capsys.readouterr().err == "error: =1+1|\\x1b[31m $\\frac$\n"
 
 
 @settings(max_examples=25)
-@given(data=st.data())
-def test_tables_and_figures_take_whatever_is_a_record(data, tmp_path_factory):
-    folder, found = tmp_path_factory.mktemp("any"), []
-    for i in range(4):
-        names = data.draw(st.lists(st.sampled_from([*OFTEN, *sorted(RIGHT)]), max_size=4, unique=True))
-        own = {name: data.draw(VALUES.get(name, SOME)) for name in names if name not in ("schema", "script")}
-        sizes = {"batch_size": 1 + i // 2, "flce": bool(i % 2), "dry_run": own.get("mode") == "predicted"}
-        (folder / f"{i}.json").write_text(json.dumps(RIGHT | {"config": RIGHT["config"] | sizes} | own))
+@given(written=anything())
+def test_tables_and_figures_take_whatever_is_a_record(written, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any")
+    for i, values in enumerate(written):
+        (folder / f"{i}.json").write_text(json.dumps(values))
     found = load_all([folder], lambda error: None)
     if found:
         for form in tables.FORMATS.values():

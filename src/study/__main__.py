@@ -5,6 +5,7 @@
     python -m src.study study --script deepspeed --memory_limit_gib 24      # as on a 24 GB card
     python -m src.study study --script deepspeed --num_gpus 4               # each cell on four GPUs
     python -m src.study batch_size=1,2,4 seq_length=512 strategy=none,all --dtype fp32
+    python -m src.study compare results/A.json results/B.json               # two records side by side
 
 A grid is `batch` (the original's batch sizes at 1024 tokens), `sequence` (its lengths at batch 4), `study` (both) or
 axes like batch_size=1,2,4 over any setting; strategies are none, no_flce, all or kernels like rope+flce. Other flags go
@@ -14,18 +15,18 @@ sweep goes on. Cells beyond one that ran out of memory with the same settings ar
 --every_cell runs them.
 """
 
-import argparse
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
 
-from src.utils import ExitStatus, UsageError, error_line
+from src.program import guarded
+
+# Other imports stand in functions: --help is answered at once, and Ctrl-C is one line from the start.
 
 
 @contextlib.contextmanager
-def _interruptible(numbers: Sequence[int]) -> Iterator[None]:
+def _interruptible(numbers):
     """Let a request to terminate end the study as Ctrl-C does; one that is ignored, as under nohup, stays so."""
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, signal.default_int_handler) for number in heard}
@@ -39,6 +40,8 @@ def _interruptible(numbers: Sequence[int]) -> Iterator[None]:
 def _require_gpus(count: int) -> None:
     import torch
 
+    from src.utils import UsageError
+
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found == 0:
         raise UsageError("no GPU here: --dry_run predicts the grid, --device cpu runs tiny models")
@@ -46,7 +49,10 @@ def _require_gpus(count: int) -> None:
         raise UsageError(f"--num_gpus {count}, but {found} here")
 
 
-def _parsed() -> tuple[argparse.Namespace, list[str]]:
+def _parsed():
+    """The study's own arguments, and the flags of the script."""
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="python -m src.study",
         description=__doc__,
@@ -69,12 +75,14 @@ def _parsed() -> tuple[argparse.Namespace, list[str]]:
 
 def _device(flags: list[str]) -> str | None:
     """The --device among the script's flags, None if none is named."""
+    import argparse
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device")
     return parser.parse_known_args(flags)[0].device
 
 
-def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
+def _sweep(arguments, flags: list[str]) -> int:
     # Imported here, so that --help and most mistakes need not wait for PyTorch. Triton reads this while it is imported.
     device = _device(flags)
     if device == "cpu":
@@ -98,16 +106,24 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
 
 
 def main() -> int:
-    """Run the grid on the command line; returns the exit status."""
-    arguments, flags = _parsed()
+    """Run the grid on the command line, or compare two records; returns the exit status."""
+    from src.utils import ExitStatus, UsageError, error_line
+
     try:
+        if sys.argv[1:2] == ["compare"]:
+            from src.study import compare
+
+            return compare.main(sys.argv[2:])
+        arguments, flags = _parsed()
         with _interruptible((signal.SIGTERM, signal.SIGHUP)):
             return _sweep(arguments, flags)
     except UsageError as error:
         error_line(error)
         return ExitStatus.BAD_ARGUMENTS
     except OSError as error:
-        error_line(f"{error}; the same command goes on where this one was")
+        if error.filename is None:  # of standard output
+            raise
+        error_line(f"{error.filename}: {error.strerror}; the same command goes on where this one was")
         return ExitStatus.FAILED
     except KeyboardInterrupt:
         error_line("interrupted; the same command goes on where this one was")
@@ -115,4 +131,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

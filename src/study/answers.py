@@ -18,6 +18,10 @@ SEQ_LENGTHS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576)  # FIXED_BATCH 
 MANY_TOKENS = 16 * 1024  # a step of so many is bound by the GPU; the time of a smaller one differs from run to run
 
 
+# How far step times of smaller ones lay apart when the study's cells were measured again, see doc/report.md.
+REPEATS = (-0.17, 0.34)
+
+
 class Cell(NamedTuple):
     """A place in a grid: what the runs of one study differ in."""
 
@@ -49,6 +53,9 @@ class Setting(NamedTuple):
         """Script, unusual settings and machine, for a file's name."""
         machine = "_".join("".join(c if c.isascii() and c.isalnum() else " " for c in self.machine).split())
         return file_name(f"{self.config.script}{self.config.settings_name}_{machine}")
+
+
+StepTimes = dict[tuple[Setting, Cell], list[float]]
 
 
 def settings(config: RunConfig) -> RunConfig:
@@ -141,9 +148,9 @@ def studies(
     return {setting: grouped[setting] for setting in sorted(grouped, key=lambda s: distance(s, grouped[s]))}
 
 
-def step_times(found: Iterable[Record]) -> dict[tuple[Setting, Cell], list[float]]:
+def step_times(found: Iterable[Record]) -> StepTimes:
     """Seconds a step of each run of an experiment on one machine, ascending: several show the spread between runs."""
-    times: dict[tuple[Setting, Cell], list[float]] = defaultdict(list)
+    times: StepTimes = defaultdict(list)
     for record in filter(is_measured, found):
         if record.latency_s is not None and record.latency_s not in times[place(record)]:  # a copy is no repeat
             times[place(record)].append(record.latency_s)

@@ -17,7 +17,7 @@ from src.explain.categories import colours, order, words
 from src.machine import GPUS
 from src.record import WRONG, Record
 from src.study import answers
-from src.study.answers import Cell, Setting, absence, machine, setting_words, short_model
+from src.study.answers import Cell, Setting, StepTimes, absence, machine, setting_words, short_model
 from src.techniques import TITLES
 from src.utils import GIB, MIB, file_name, printable, quartiles
 
@@ -41,7 +41,6 @@ _SMALLEST_PART = 0.005  # of the largest peak, to be named in a legend
 _WHOLE = "not taken apart"
 
 Cells = Mapping[Cell, Record]
-Times = Mapping[tuple[Setting, Cell], Sequence[float]]
 Draw = Callable[[], Figure]
 
 
@@ -90,7 +89,7 @@ def all_figures(found: Sequence[Record], most: int | None = None) -> Iterator[tu
         yield "predicted_vs_measured.png", predicted_figure(pairs)
 
 
-def _figures_of(setting: Setting, cells: Cells, times: Times) -> Iterator[tuple[str, Draw]]:
+def _figures_of(setting: Setting, cells: Cells, times: StepTimes) -> Iterator[tuple[str, Draw]]:
     """The original's four figures and latency, as far as a study has their cells; otherwise what its peaks are."""
     note = _repeats(setting, cells, times)
     named = {} if any(r.frontier for r in cells.values()) else dict(_comparisons_of(cells, note))
@@ -139,7 +138,7 @@ def _comparable(cells: Cells, strategies: Sequence[str], axis: Axis) -> bool:
     return len(recorded) > 1 and len(axis.sizes(cells, strategies)) > 1 and bool(bars)
 
 
-def _repeats(setting: Setting, cells: Cells, times: Times) -> str:
+def _repeats(setting: Setting, cells: Cells, times: StepTimes) -> str:
     """How far the step times of other runs of the same experiments lie from those that are drawn."""
     several = [(times.get((setting, cell), ()), record) for cell, record in cells.items() if step_ms(record)]
     several = [(own, record) for own, record in several if len(own) > 1]
