@@ -10,6 +10,11 @@ conclusions name the condition under which they hold: the build fails where one 
 Word, PowerPoint and PDF files are left alone where text and pictures are the same; remove one to have it made again.
 """
 
+from src.program import guarded, one_line_for_interrupts
+
+if __name__ == "__main__":  # before the imports that take seconds
+    one_line_for_interrupts()
+
 import argparse
 import functools
 import hashlib
@@ -220,7 +225,7 @@ def main() -> int:
             name, folder = arguments.table
             if name not in DOCUMENTS:
                 raise UsageError(f"no table {name!r}: choose from {', '.join(DOCUMENTS)}")
-            print(render(name, os.path.abspath(folder), f"python -m doc.build --table {name} {folder}"), end="")
+            print(render(name, os.path.abspath(folder), f"python -m doc.build --table {name} {folder}").rstrip())
             return ExitStatus.DONE
         os.chdir(ROOT)  # records name their folders relative to it
         if arguments.predictions:
@@ -236,4 +241,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -1,12 +1,27 @@
 """The edges of a program: Ctrl-C, and a standard output that cannot be written.
 
-Imports nothing but `sys`, and programs import the rest in functions: so Ctrl-C is one line from the first moment.
+Imports next to nothing: what a program imports first is there at once, and Ctrl-C is one line from then on.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
+INTERRUPTED = 130
 CLOSED_PIPE = 141  # what a shell shows of a program that a closed pipe has ended
+
+
+def one_line_for_interrupts() -> None:
+    """From now on, Ctrl-C that nothing catches is one line: for a program that has yet to import what takes long."""
+
+    def told(kind: type[BaseException], error: BaseException, trace: object) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+            return
+        print("error: interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    sys.excepthook = told
 
 
 def guarded(main: Callable[[], int]) -> int:
@@ -27,7 +42,7 @@ def guarded(main: Callable[[], int]) -> int:
         return status
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         _discard_the_rest()
         return CLOSED_PIPE
@@ -39,6 +54,4 @@ def guarded(main: Callable[[], int]) -> int:
 
 def _discard_the_rest() -> None:
     """Python writes what is left as it ends: where it goes, nothing can fail."""
-    import os
-
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import textwrap
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from src.techniques import TITLES
 from src.utils import GIB, MIB, file_name, printable, quartiles
 
 matplotlib.rcParams["hatch.linewidth"] = 0.4
+warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a box stands for it
 
 # Bars differ in lightness and hatching as well as in hue, for print in grey and for the colour-blind.
 STYLES: dict[str, dict[str, Any]] = {
