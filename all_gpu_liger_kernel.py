@@ -43,8 +43,8 @@ DEFAULTS = RunConfig(
 CPU_DEFAULTS = {
     "model_name": "tiny-llama",
     "batch_size": 2,
-    "seq_length": 96,
-    "iterations": 2,
+    "seq_length": 32,
+    "iterations": 1,
     "warmup": 0,
     "dtype": "fp32",
     "learning_rate": 1e-3,

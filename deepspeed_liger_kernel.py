@@ -23,7 +23,7 @@ DEFAULTS = OffloadConfig()
 CPU_DEFAULTS = {
     "model_name": "tiny-llama",
     "batch_size": 2,
-    "seq_length": 64,
+    "seq_length": 32,
     "iterations": 2,
     "warmup": 1,
     "dtype": "fp32",
@@ -84,8 +84,8 @@ def main(config: OffloadConfig, planned: OffloadConfig | None = None, build: Bui
     ranks.check_environment()
     config = dataclasses.replace(config, world_size=ranks.world_size())
     on_gpu = config.device == "cuda"
-    if not on_gpu and (config.dtype == "fp16" or config.memory_limit_gib is not None):
-        raise UsageError("on a CPU there is no --dtype fp16 and no --memory_limit_gib")
+    if not on_gpu and (refusal := config.refusal_on_cpu()):
+        raise UsageError(refusal)
     device = init_distributed(config.device)
     if not on_gpu:
         interpreter.enable()

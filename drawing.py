@@ -15,15 +15,25 @@ kernel_check.png. The names of pictures of predictions begin with predicted_.
 Exit status 1: a file that is no record was skipped; 2: there is nothing to draw.
 """
 
+from src import program
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C while they are read is one line
+    program.begin()
+
+import argparse
+import functools
+import io
 import os
 import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 
-from src.program import guarded
-
-# Other imports stand in functions: --help is answered at once, and Ctrl-C is one line from the start.
+from src.record import Record, load_all
+from src.utils import ExitStatus, UsageError, error_line, write_atomically
 
 RESULTS = "results"
-STUDY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "doc", "data", "study")
+STUDY = Path(__file__).resolve().parent / "doc" / "data" / "study"
 # These also go where the original wrote them.
 ORIGINALS = (
     "comparison_2_strategies.png",
@@ -33,27 +43,19 @@ ORIGINALS = (
 )
 
 
-def _parsed():
-    import argparse
-    from pathlib import Path
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parsed() -> argparse.Namespace:
+    parser = program.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="*")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="where figures go (default: %(default)s)")
     parser.add_argument("--table", choices=("markdown", "csv"), help="print a table and draw nothing")
     return parser.parse_args()
 
 
-def load(folders):
+def load(folders: list[Path]) -> tuple[list[Record], list[UsageError], bool]:
     """The records in `folders`, the files that are none, and whether they are the study's.
 
     If no folder is named, they are the user's own, or else the study's, as stderr then says.
     """
-    from pathlib import Path
-
-    from src.record import load_all
-    from src.utils import UsageError
-
     searched, skipped = folders or [Path(RESULTS)], []
     found = load_all(searched, skipped.append)
     if found or skipped:
@@ -65,18 +67,12 @@ def load(folders):
         f"No records in {RESULTS}/: these are of the study's own in {study}, which can be named to draw all.",
         file=sys.stderr,
     )
-    return load_all([Path(STUDY)], skipped.append), skipped, True
+    return load_all([STUDY], skipped.append), skipped, True
 
 
-def draw(found, out, most):
+def draw(found: Sequence[Record], out: Path, most: int | None) -> None:
     """Write the figures of at most so many studies of a kind, and name them. Raises `UsageError` if there are none."""
-    import functools
-    import io
-    from collections import Counter
-    from pathlib import Path
-
     from src.study import answers, figures
-    from src.utils import UsageError, write_atomically
 
     is_empty = True
     for name, figure in figures.all_figures(found, most):
@@ -92,26 +88,25 @@ def draw(found, out, most):
         raise UsageError(f"nothing to draw: no peak and no kernel check in {told}; --table markdown lists them")
 
 
-def main() -> int:
+def run() -> int:
     """Draw or list the records; returns the exit status."""
     arguments = _parsed()
-    from src.utils import ExitStatus, UsageError, error_line
+    found, skipped, is_study = load(arguments.folder)
+    for error in skipped:
+        error_line(f"skipped: {error}")
+    if arguments.table:
+        from src.study import tables
 
-    try:
-        found, skipped, is_study = load(arguments.folder)
-        for error in skipped:
-            error_line(f"skipped: {error}")
-        if arguments.table:
-            from src.study import tables
-
-            print(tables.FORMATS[arguments.table](tables.runs_table(found)))
-        elif found:
-            draw(found, arguments.out, 1 if is_study else None)
-    except UsageError as error:
-        error_line(error)
-        return ExitStatus.BAD_ARGUMENTS
+        print(tables.FORMATS[arguments.table](tables.runs_table(found)))
+    elif found:
+        draw(found, arguments.out, 1 if is_study else None)
     return ExitStatus.FAILED if skipped else ExitStatus.DONE
 
 
+def main() -> int:
+    """The same, whatever becomes of it."""
+    return program.guarded(run)
+
+
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(main())

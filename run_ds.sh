@@ -72,7 +72,7 @@ if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     device=cuda model=meta-llama/Llama-3.2-1B-Instruct batch=4 length=1024 iterations=5
 else # a size for Triton's interpreter
     export DS_ACCELERATOR=cpu TRITON_INTERPRET=1
-    device=cpu model=tiny-llama batch=2 length=64 iterations=2
+    device=cpu model=tiny-llama batch=2 length=32 iterations=2
 fi
 
 MODEL_NAME=${MODEL_NAME:-$model}

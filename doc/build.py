@@ -10,10 +10,10 @@ conclusions name the condition under which they hold: the build fails where one 
 Word, PowerPoint and PDF files are left alone where text and pictures are the same; remove one to have it made again.
 """
 
-from src.program import guarded, one_line_for_interrupts
+from src import program
 
-if __name__ == "__main__":  # before the imports that take seconds
-    one_line_for_interrupts()
+if __name__ == "__main__":  # before the other imports: Ctrl-C while they are read is one line
+    program.begin()
 
 import argparse
 import functools
@@ -241,4 +241,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(program.guarded(main))

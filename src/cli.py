@@ -6,9 +6,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from src import machine, techniques
+from src import families, machine, program, techniques
 from src.config import RunConfig
 from src.offload import ranks
 from src.offload_config import PRESETS, OffloadConfig
@@ -31,9 +31,12 @@ def command_line(
     `cpu_defaults` stand in for `defaults` where the run will be on a CPU. There, Triton is told to interpret kernels:
     it chooses while it is imported, so call this before anything imports it.
     """
-    given = vars(make_parser(description, defaults).parse_args(words))
-    given.pop("local_rank", None)  # launchers pass it on; the environment says the same
+    if words is None:
+        program.begin()
     try:
+        given = vars(make_parser(description, defaults).parse_args(words))
+        given.pop("local_rank", None)  # launchers pass it on; the environment says the same
+        ranks.check_environment(defaults.script)
         preset = PRESETS[given.get("preset", defaults.preset)] if isinstance(defaults, OffloadConfig) else {}
         planned = _complete(dataclasses.replace(defaults, **preset | given | {"device": "cuda"}), given)
         device = "cuda" if _plans(planned) else given.get("device", defaults.device)
@@ -44,6 +47,8 @@ def command_line(
             os.environ["TRITON_INTERPRET"] = "1"
             own = preset | dict(cpu_defaults) | given | {"device": "cpu"}
             config = _complete(dataclasses.replace(defaults, **own), given)
+            if refusal := config.refusal_on_cpu():
+                raise UsageError(refusal)
         return Command(config, planned)
     except UsageError as error:
         sys.exit(_refused(error))
@@ -53,6 +58,7 @@ def _complete(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
     """With the values that follow from others. Raises `UsageError` if what is turned on cannot be."""
     complete = dataclasses.replace(config, **techniques.chosen(config, given))
     techniques.check(complete)
+    families.check_name(complete.model_name, pretrained=complete.pretrained)
     return complete
 
 
@@ -64,18 +70,9 @@ def _plans(config: RunConfig) -> bool:
     return plans
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells a mistake once, not once per rank."""
-
-    def error(self, message: str) -> NoReturn:
-        if not ranks.is_first_here():
-            ranks.give_way()
-        super().error(message)
-
-
 def make_parser(description: str | None, defaults: RunConfig) -> argparse.ArgumentParser:
     """An argparse parser with an option per field of `defaults`; what is not given has no attribute in its result."""
-    parser = _Parser(
+    parser = program.Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -140,7 +137,7 @@ def warn(configs: Sequence[RunConfig]) -> None:
 def run(main: Callable[..., int], command: Command) -> int:
     """The exit status of `main`; an exception becomes one line on stderr, with --debug a traceback too."""
     warn([command.config])
-    return run_config(lambda config: main(config, command.planned), command.config)
+    return program.guarded(lambda: run_config(lambda config: main(config, command.planned), command.config))
 
 
 def run_config(main: Callable[[RunConfig], int], config: RunConfig) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 from urllib.parse import quote
 
+from src.families import full_size
 from src.techniques import KERNEL_NAMES, TECHNIQUES, Technique, title
 from src.utils import UsageError, file_name
 
@@ -32,15 +33,16 @@ def option(
     choices: tuple[str, ...] = (),
     bounds: tuple[float, float] | None = None,
     is_place: bool = False,
+    longest: int = 1000,
 ) -> Any:
     """A field with its command-line option.
 
     `tag` begins the value in the run name where it is not the default; None: no run is another for it. `flags` are the
     original's names, before our own. `bounds` are the smallest and the largest value. `is_place` says where a run
-    writes: no two runs are different for it.
+    writes: no two runs are different for it. `longest` is how many characters a text may have.
     """
-    names = ("help", "tag", "flags", "choices", "bounds", "is_place")
-    return field(default=default, metadata=dict(zip(names, (help, tag, flags, choices, bounds, is_place))))
+    names = ("help", "tag", "flags", "choices", "bounds", "is_place", "longest")
+    return field(default=default, metadata=dict(zip(names, (help, tag, flags, choices, bounds, is_place, longest))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,16 @@ class RunConfig(Techniques):
                 f"--batch_size {self.batch_size} x --seq_length {self.seq_length} is more than {MAX_TOKENS} tokens: "
                 "tensors of that size have no 64-bit byte count"
             )
+
+    def refusal_on_cpu(self) -> str | None:
+        """Why a machine without a GPU cannot run this, in one line; None if it can."""
+        if self.memory_limit_gib is not None:
+            return "on a CPU there is no --memory_limit_gib: --dry_run --memory_limit_gib says what fits"
+        if self.dtype == "bf16" or (self.dtype == "fp16" and not self.parity):
+            return "on a CPU the kernels are checked in fp32, with --parity also in fp16; bf16 needs a GPU"
+        if full_size(self.model_name):
+            return f"{self.model_name} needs a GPU: Triton's interpreter is too slow for it; use tiny-llama"
+        return None
 
     @property
     def global_batch_size(self) -> int:
@@ -230,7 +242,10 @@ def _check_value(f: dataclasses.Field, value: Any) -> None:
     if choices and value not in choices:
         raise UsageError(f"--{flag} must be one of {', '.join(choices)}, got {value[:60]!r}")
     if bounds and not bounds[0] <= value <= bounds[1]:
-        raise UsageError(f"--{flag} must be from {bounds[0]:g} to {bounds[1]:g}, got {value}")
+        least, most = (f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for bound in bounds)
+        raise UsageError(f"--{flag} must be from {least} to {most}, got {value}")
+    if isinstance(value, str) and len(value) > f.metadata["longest"]:
+        raise UsageError(f"--{flag} must have at most {f.metadata['longest']} characters, got {len(value)}")
 
 
 def _name_part(value: Any, choices: tuple[str, ...]) -> str:

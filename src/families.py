@@ -3,9 +3,12 @@
 Needs neither torch nor transformers: an entry names Hugging Face's classes and Liger's patch.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from src.utils import UsageError
 
 Shape = Mapping[str, Any]  # what a model's published config.json says of its architecture
 
@@ -180,6 +183,24 @@ SHAPES: dict[str, tuple[Family, Shape]] = {
 }
 
 
+def check_name(model_name: str, *, pretrained: bool) -> None:
+    """Raises `UsageError` if there is no such model, as far as can be told without asking the Hub."""
+    if os.path.isdir(model_name):
+        return
+    if shipped(model_name) is None and not pretrained:
+        raise UsageError(
+            f"unknown model {model_name!r}: use one of {', '.join(SHAPES)} (or its -Instruct id), a local "
+            "folder with a config.json, or, to measure, --pretrained with a Hub id you have access to"
+        )
+    if pretrained and shipped(model_name) is not None and "/" not in model_name:
+        raise UsageError(f"{model_name} is a shape that nobody trained: leave out --pretrained, or name a model")
+
+
 def shipped(model_name: str) -> tuple[Family, Shape] | None:
     """Family and shape of a model that the project ships the shape of, by its id or that of its -Instruct form."""
     return SHAPES.get(model_name) or SHAPES.get(model_name.removesuffix("-Instruct"))
+
+
+def full_size(model_name: str) -> bool:
+    """Whether it is a shipped shape of a size that Triton's interpreter is too slow for."""
+    return shipped(model_name) is not None and not model_name.startswith(("tiny-", "small-"))

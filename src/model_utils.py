@@ -3,20 +3,25 @@
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import get_session
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from src import techniques
+from src import architecture, techniques
 from src.config import RunConfig
-from src.families import FAMILIES, SHAPES, Family, shipped
+from src.families import FAMILIES, Family, check_name, shipped
 from src.techniques import KERNEL_NAMES, TECHNIQUES
 from src.utils import UsageError, first_line
 
@@ -28,21 +33,15 @@ def load_model_config(config: RunConfig) -> PretrainedConfig:
 
     Raises `UsageError` if the model is unknown, of no family, or cannot take `config.seq_length` tokens.
     """
+    check_name(config.model_name, pretrained=config.pretrained)
     known = shipped(config.model_name)
     if known is not None and not config.pretrained:
         family, shape = known
         model_config = getattr(transformers, family.config_class)(**shape)
-    elif config.pretrained or Path(config.model_name).is_dir():
-        # Code that comes with a model is never run, and nobody is asked whether it may.
-        model_config = _from_hub(AutoConfig.from_pretrained, config.model_name, trust_remote_code=False)
+    elif os.path.isdir(config.model_name):
+        model_config = architecture.read(Path(config.model_name, "config.json"), config.model_name)
     else:
-        raise UsageError(
-            f"unknown model {config.model_name!r}: use one of {', '.join(SHAPES)} (or its -Instruct id), a local "
-            "folder with a config.json, or, to measure, --pretrained with a Hub id you have access to"
-        )
-    if model_config.model_type not in FAMILIES:
-        families = ", ".join(FAMILIES)
-        raise UsageError(f"{config.model_name} is a {model_config.model_type!r} model; known families: {families}")
+        model_config = architecture.read(_from_hub(_download_config, config.model_name), config.model_name)
     if config.seq_length > model_config.max_position_embeddings:
         raise UsageError(
             f"--seq_length {config.seq_length} is beyond the {model_config.max_position_embeddings} positions "
@@ -52,15 +51,31 @@ def load_model_config(config: RunConfig) -> PretrainedConfig:
     return model_config
 
 
+def _download_config(model_name: str, *, local_files_only: bool) -> Path:
+    return Path(huggingface_hub.hf_hub_download(model_name, "config.json", local_files_only=local_files_only))
+
+
 def _from_hub(load: Callable[..., Any], model_name: str, **kwargs: Any) -> Any:
-    """`load(model_name)` with the many ways in which it fails told in one line."""
+    """`load(model_name)` with the many ways in which it fails told in one line, and no wait for a Hub out of reach."""
+    unreachable = not os.path.isdir(model_name) and _hub_is_unreachable()
     try:
-        return load(model_name, **kwargs)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise UsageError(
-            f"cannot load {model_name!r}: {first_line(error)} (gated model? accept its licence on huggingface.co and "
-            "run 'hf auth login'; without --pretrained, shipped shapes need no access)"
-        ) from error
+        return load(model_name, local_files_only=unreachable, **kwargs)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = f"{constants.ENDPOINT} cannot be reached, and no copy is here" if unreachable else first_line(error)
+        causes = (error, error.__cause__)
+        gated = any(isinstance(cause, GatedRepoError | RepositoryNotFoundError) for cause in causes)
+        login = ": accept its licence on huggingface.co and run 'hf auth login'" if gated else ""
+        raise UsageError(f"cannot load {model_name!r}: {reason}{login}; shipped shapes need no --pretrained") from error
+
+
+@functools.cache
+def _hub_is_unreachable() -> bool:
+    """Whether the Hub does not answer at once: its library would try for half a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except (httpx.HTTPError, OSError):  # the second is of HF_HUB_OFFLINE
+        return True
+    return False
 
 
 def family_of(model_config: PretrainedConfig) -> Family:
@@ -160,9 +175,7 @@ def parameter_counts(shape: PretrainedConfig) -> tuple[int, int]:
 
     Counted on a model of one layer that has no data, so that every family is counted right.
     """
-    one_layer = type(shape).from_dict(shape.to_dict() | {"num_hidden_layers": 1, "layer_types": None})
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(one_layer)
+    model = architecture.one_layer_model(shape)
     layer = sum(p.numel() for p in model.model.layers[0].parameters())
     return layer, sum(p.numel() for p in model.parameters()) - layer
 

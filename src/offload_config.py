@@ -91,7 +91,9 @@ class OffloadConfig(RunConfig):
     cpu_threads: int | None = option(
         None, "threads of overlapped_cpu_adam; default: all cores but one", tag="threads", bounds=(1, 2**20)
     )
-    ds_override: str = option("{}", "JSON merged into the DeepSpeed configuration; null removes", tag="ds")
+    ds_override: str = option(
+        "{}", "JSON merged into the DeepSpeed configuration; null removes", tag="ds", longest=2**20
+    )
     step_per_print: int = option(10, "steps between DeepSpeed's own reports", bounds=(1, COUNT))
 
     def __post_init__(self) -> None:
@@ -101,6 +103,12 @@ class OffloadConfig(RunConfig):
         if self.optimizer_states == "bf16" and self.dtype != "bf16":
             raise UsageError(f"--optimizer_states bf16 goes with --dtype bf16, not {self.dtype}")
         self.ds_overrides  # noqa: B018  a malformed one is told now
+
+    def refusal_on_cpu(self) -> str | None:
+        """Why a machine without a GPU cannot run this, in one line; None if it can."""
+        if self.dtype == "fp16" or self.memory_limit_gib is not None:
+            return "on a CPU there is no --dtype fp16 and no --memory_limit_gib"
+        return None
 
     @property
     def ds_overrides(self) -> dict[str, Any]:

@@ -1,57 +1,62 @@
-"""The edges of a program: Ctrl-C, and a standard output that cannot be written.
+"""What every command does alike: tell a mistake, an interruption, or an output that cannot be written, in one line."""
 
-Imports next to nothing: what a program imports first is there at once, and Ctrl-C is one line from then on.
-"""
-
+import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-INTERRUPTED = 130
-CLOSED_PIPE = 141  # what a shell shows of a program that a closed pipe has ended
-
-
-def one_line_for_interrupts() -> None:
-    """From now on, Ctrl-C that nothing catches is one line: for a program that has yet to import what takes long."""
-
-    def told(kind: type[BaseException], error: BaseException, trace: object) -> None:
-        if not issubclass(kind, KeyboardInterrupt):
-            sys.__excepthook__(kind, error, trace)
-            return
-        print("error: interrupted", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)
-
-    sys.excepthook = told
+from src.utils import ExitStatus, UsageError, error_line
 
 
-def guarded(main: Callable[[], int]) -> int:
-    """The exit status of `main`. Ctrl-C and a full disk at standard output are one line, a closed pipe is silent.
+class Parser(argparse.ArgumentParser):
+    """Raises `UsageError` for a mistake; the usage that argparse would print before it is longer than a screen."""
 
-    A reader such as `head` closes the pipe when it has enough: nothing is wrong.
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help says more)")
+
+
+def begin() -> None:
+    """To be called first: while libraries are imported, Ctrl-C ends the program with one line.
+
+    A locale's alphabet may lack characters of ours or of a folder's name: they are printed as escapes.
     """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as it is under nohup
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def _interrupted(*_signal: object) -> NoReturn:
+    error_line("interrupted")
+    os._exit(ExitStatus.INTERRUPTED)  # an exception would end in some library's hands
+
+
+def guarded(main: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """The exit status of `main`, and of writing what it has printed."""
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if sys.stdout is None:
-            print("error: there is no standard output to write to", file=sys.stderr)
-            return 1
-        sys.stdout.reconfigure(errors="backslashreplace")  # texts may have letters that the terminal does not
-        try:
-            status = main()
-        except SystemExit as ending:  # argparse's, after --help or a mistake
-            status = ending.code
-        sys.stdout.flush()
+        status = main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status
+    except UsageError as error:
+        error_line(error)
+        return ExitStatus.BAD_ARGUMENTS
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        _discard_the_rest()
-        return CLOSED_PIPE
+        error_line(interrupted)
+        return ExitStatus.INTERRUPTED
     except OSError as error:
-        print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
-        _discard_the_rest()
-        return 1
+        error_line(f"cannot write: {error}")
+        _drop_output()
+        return ExitStatus.FAILED
 
 
-def _discard_the_rest() -> None:
-    """Python writes what is left as it ends: where it goes, nothing can fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _drop_output() -> None:
+    """Let Python not try once more, as it ends, to write what could not be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

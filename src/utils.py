@@ -5,9 +5,7 @@ import enum
 import gc
 import hashlib
 import os
-import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -87,6 +85,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median and third quartile (linear interpolation); of one value, three times that value."""
     if len(values) == 1:
         return (values[0],) * 3
+    import statistics  # here, as tempfile below: while this file is read, Ctrl-C is no single line yet
+
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, median, third
 
@@ -96,6 +96,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises OSError that names `path`, as of a full disk.
     """
+    import tempfile
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:60]}.", suffix=path.suffix)
     os.close(handle)
@@ -119,6 +121,8 @@ def _umask() -> int:
 
 def check_writable(folder: Path) -> None:
     """Make `folder` and a file in it, so that a run does not find out at its end. Raises OSError."""
+    import tempfile
+
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass

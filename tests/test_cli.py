@@ -9,7 +9,7 @@ import torch
 
 import all_gpu_liger_kernel as script
 import deepspeed_liger_kernel as offload_script
-from src import cli, machine
+from src import cli, machine, program
 from src.config import RunConfig
 from src.measure.devices import CudaRuntime
 from src.offload import ranks
@@ -41,6 +41,10 @@ finally:
         ("--batch 2", 2, "unrecognized arguments: --batch 2"),  # or it would change its meaning with a new flag
         ("--attention eager --no_such_flag", 2, "unrecognized arguments: --no_such_flag"),
         ("--attention flash_attention_2", 2, "pip install flash-attn"),
+        ("--model_name nobody/nothing", 2, "unknown model 'nobody/nothing': use one of meta-llama/"),
+        ("--model_name " + "x" * 1001, 2, "--model_name must have at most 1000 characters, got 1001"),
+        ("--device cpu --dtype fp16", 2, "on a CPU"),
+        ("--device cpu --memory_limit_gib 4", 2, "on a CPU there is no"),
     ],
 )
 def test_help_and_usage_errors_come_without_torch(path, words, status, text):
@@ -120,7 +124,7 @@ def test_preset_gives_what_no_flag_does(gpu, words, expected):
         ({"result_dir": "file/below"}, "--result_dir: cannot write to 'file/below'"),
         ({"log_dir": "file/below"}, "--log_dir"),
         ({"snapshot_dir": "file/below"}, "--snapshot_dir"),
-        ({"pretrained": True}, "cannot load 'tiny-llama'"),
+        ({"pretrained": True}, "tiny-llama is a shape that nobody trained"),
         ({"dry_run": True, "gpu_memory_gib": 0.1}, "no room beside the CUDA context"),
     ],
     ids=str,
@@ -221,3 +225,19 @@ def test_program_tells_its_status_to_the_shell(monkeypatch, capsys):
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert stopped.value.code == 2
     assert_one_error_line(capsys.readouterr().err, "no CUDA GPU")
+
+
+def test_interruption_while_libraries_are_imported_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    for command in ([SCRIPT], ["-m", "src.study", "batch_size=1", "--dry_run"]):
+        done = run_python(*command, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+        assert (done.returncode, done.stdout) == (130, "")
+        assert_one_error_line(done.stderr, "error: interrupted")
+
+
+def test_output_that_cannot_be_written_is_one_line_and_any_alphabet_will_do(capfd, monkeypatch):
+    assert program.guarded(lambda: (_ for _ in ()).throw(OSError(28, "No space left on device"))) == 1
+    assert_one_error_line(capfd.readouterr().err, "cannot write: [Errno 28] No space left on device")
+    ascii_only = {"PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    code = "from src import program; program.begin(); print('†'); program.guarded(lambda: print('ü') or 0)"
+    assert run_python("-c", code, env=os.environ | ascii_only).stdout == "\\u2020\n\\xfc\n"

@@ -32,7 +32,7 @@ def cli(monkeypatch, capsys):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["explain", *map(str, arguments)])
-        return int(program._guarded()), *capsys.readouterr()
+        return int(program.main()), *capsys.readouterr()
 
     return run
 
@@ -98,7 +98,7 @@ def test_mistake_is_one_line(cli, arguments):
 
 
 def test_help_and_mistakes_wait_for_no_library():
-    code = "import sys\nfrom src.explain import __main__ as program\ntry: program._guarded()\nexcept SystemExit: pass\n"
+    code = "import sys\nfrom src.explain import __main__ as program\ntry: program.main()\nexcept SystemExit: pass\n"
     code += "print(sorted({'torch', 'numpy', 'matplotlib', 'jinja2'} & set(sys.modules)))"
     for arguments in (["--help"], ["x", "--top", "y"]):
         done = run_python("-c", code, *arguments)
@@ -111,7 +111,7 @@ def test_reading_drawing_and_page_need_no_torch():
 
 
 def test_interruption_is_one_line(cli, monkeypatch):
-    monkeypatch.setattr(program, "main", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(program, "_run", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli() == (130, "", "error: interrupted\n")
 
 
@@ -124,7 +124,7 @@ def test_standard_output_that_cannot_be_written_is_one_line(files, tmp_path, whe
     limits = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9, 9))} if target != write_end else {}
     done = subprocess.run(command, cwd=ROOT, stdout=target, stderr=subprocess.PIPE, text=True, check=False, **limits)
     assert done.returncode == 1
-    assert_one_error_line(done.stderr, "cannot write to standard output")
+    assert_one_error_line(done.stderr, "cannot write: ")
 
 
 # What is read.

@@ -2,16 +2,22 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import sys
 
+import httpx
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config
 
 import all_gpu_liger_kernel as script
+from src import model_utils
+from src.architecture import LARGEST_FILE_BYTES
 from src.config import RunConfig
 from src.experiment import random_batches_of_rank
 from src.families import FAMILIES, SHAPES
@@ -243,27 +249,77 @@ def test_local_folder_gives_the_shape_and_with_pretrained_the_weights(tmp_path, 
 @pytest.mark.parametrize(
     ("config_json", "text"),
     [
-        (None, "cannot load"),
-        ("", "cannot load"),
-        ("{}", "cannot load"),
-        ('{"model_type": "llama", "hidden_size": 50}', "cannot load"),
+        (None, "has no config.json"),
+        ("", "is no JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("x" * (LARGEST_FILE_BYTES + 1), "more than 16,777,216 bytes"),
+        ("[]", "the whole: Input should be a valid dictionary"),
+        ("{}", "model_type: Field required"),
         (GPT2Config(n_embd=8, n_head=2).to_json_string(), "is a 'gpt2' model; known families: llama"),
     ],
-    ids=["missing", "empty", "no-model-type", "impossible-shape", "other-family"],
+    ids=["missing", "empty", "deep", "large", "list", "no-model-type", "other-family"],
 )
 def test_folder_without_a_usable_config_is_a_usage_error(tmp_path, config_json, text):
     if config_json is not None:
         (tmp_path / "config.json").write_text(config_json)
-    with pytest.raises(UsageError, match=text):
-        build_model(tiny_config(model_name=str(tmp_path)), CPU)
+    with pytest.raises(UsageError, match=f"^cannot use .*{text}"):
+        load_model_config(tiny_config(model_name=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ({"hidden_size": 0}, "hidden_size: .* greater than or equal to 1"),
+        ({"hidden_size": 10**12}, "hidden_size: .* less than or equal to"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers: .* less than or equal to"),
+        ({"num_labels": 10**9}, "num_labels: .* less than or equal to"),
+        ({"vocab_size": "100"}, "vocab_size: .* valid integer"),
+        ({"num_key_value_heads": 3}, "3 num_key_value_heads do not divide 4"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None}, "do not divide hidden_size"),
+        ({"head_dim": 15}, "odd"),
+        ({"attention_dropout": 7}, "attention_dropout: .* less than 1"),
+        ({"hidden_act": "evil"}, "evil"),
+        ({"rope_parameters": {"rope_type": "evil"}}, "evil"),
+        ({"torch_dtype": "float77"}, "float77"),
+        ({"pad_token_id": 10**9}, "Padding_idx"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "its head is that of"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        # The cases of public reports.
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "are quantised"),
+        ({"model_type": "Yi", "auto_map": {"AutoConfig": "configuration_yi.YiConfig"}}, "which is never run"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_config_that_cannot_be_or_is_not_honoured_is_a_usage_error(tmp_path, values, text):
+    folder = write_llama_folder(tmp_path)
+    load_model_config(tiny_config(model_name=folder))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(UsageError, match=f"^cannot use .*{text}"):
+        load_model_config(tiny_config(model_name=folder))
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "gpt2", "meta-llama/Llama-3.2-1B-Instruct-Instruct"])
 def test_model_that_cannot_be_had_is_a_usage_error_that_says_what_can(name):
     with pytest.raises(UsageError, match=r"unknown model .* meta-llama/"):
         build_model(tiny_config(model_name=name), META)
-    with pytest.raises(UsageError, match=r"cannot load .* 'hf auth login'"):
-        build_model(tiny_config(model_name=name, pretrained=True), META)
+
+
+def test_hub_that_does_not_answer_is_not_waited_for_and_a_gated_model_needs_its_licence(monkeypatch):
+    model_name = "meta-llama/Llama-3.2-1B-Instruct"
+
+    def refuse(*_args, **_kwargs):
+        raise GatedRepoError("gated", response=httpx.Response(403, request=httpx.Request("GET", "http://hub")))
+
+    monkeypatch.setattr(model_utils, "_hub_is_unreachable", lambda: True)
+    with pytest.raises(UsageError, match=r"cannot load .* cannot be reached, and no copy is here"):
+        build_model(tiny_config(model_name=model_name, pretrained=True), META)
+    monkeypatch.setattr(model_utils, "_hub_is_unreachable", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(UsageError, match=r"cannot load .* gated: accept its licence .* 'hf auth login'"):
+        build_model(tiny_config(model_name=model_name, pretrained=True), META)
+    with pytest.raises(UsageError, match=r"tiny-llama is a shape that nobody trained"):
+        build_model(tiny_config(pretrained=True), META)
 
 
 def test_sequence_may_be_as_long_as_the_model_allows_and_no_longer(tmp_path):

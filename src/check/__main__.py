@@ -14,25 +14,23 @@ import json
 import sys
 from pathlib import Path
 
+from src import program
 from src.utils import ExitStatus, UsageError, error_line
 
 
 def main() -> int:
     """Compare, and write what was found; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    return program.guarded(_run, "interrupted; the same command goes on where this one was")
+
+
+def _run() -> int:
+    parser = program.Parser(
         prog="python -m src.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path)
     parser.add_argument("axes", nargs="*", metavar="NAME=VALUE,VALUE")
     arguments, flags = parser.parse_known_args()
-    try:
-        _compare_all(arguments.file, arguments.axes, flags)
-    except UsageError as error:
-        error_line(error)
-        return ExitStatus.BAD_ARGUMENTS
-    except KeyboardInterrupt:
-        error_line("interrupted; the same command goes on where this one was")
-        return ExitStatus.INTERRUPTED
+    _compare_all(arguments.file, arguments.axes, flags)
     return ExitStatus.DONE
 
 
@@ -71,4 +69,5 @@ def _compare_all(file: Path, axes: list[str], flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    program.begin()
     sys.exit(main())

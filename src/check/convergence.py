@@ -19,10 +19,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from src import machine
+from src import machine, program
 from src.config import RunConfig
 from src.techniques import STRATEGIES
-from src.utils import ExitStatus, UsageError, error_line, write_atomically
+from src.utils import ExitStatus, UsageError, write_atomically
 
 VOCABULARY = 16384  # of the shape small-llama
 LOSS_SCALE = 2.0**7
@@ -81,7 +81,11 @@ def train(config: RunConfig, steps: int, device: str) -> list[float]:
 
 def main() -> int:
     """Train every variant and write its curve; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    return program.guarded(_main)
+
+
+def _main() -> int:
+    parser = program.Parser(
         prog="python -m src.check.convergence",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -90,18 +94,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300, help="(default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: %(default)s)")
     arguments = parser.parse_args()
-    try:
-        if arguments.steps < 1:
-            raise UsageError(f"--steps must be 1 or more, got {arguments.steps}")
-        if arguments.file.exists():
-            raise UsageError(f"{arguments.file} is there already: name another file")
-        _run(arguments.file, arguments.steps, arguments.device)
-    except UsageError as error:
-        error_line(error)
-        return ExitStatus.BAD_ARGUMENTS
-    except KeyboardInterrupt:
-        error_line("interrupted")
-        return ExitStatus.INTERRUPTED
+    if arguments.steps < 1:
+        raise UsageError(f"--steps must be 1 or more, got {arguments.steps}")
+    if arguments.file.exists():
+        raise UsageError(f"{arguments.file} is there already: name another file")
+    _run(arguments.file, arguments.steps, arguments.device)
     return ExitStatus.DONE
 
 
@@ -125,4 +122,5 @@ def _run(file: Path, steps: int, device: str) -> None:
 
 
 if __name__ == "__main__":
+    program.begin()
     sys.exit(main())

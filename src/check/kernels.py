@@ -17,7 +17,6 @@ from src.check.devices import TrackedHost
 from src.check.parity import measure_parity
 from src.config import RunConfig
 from src.experiment import Build, Script
-from src.families import SHAPES
 from src.machine import H100
 from src.measure import Measurement, PhasePeaks, measure, measure_phases
 from src.model_utils import implementations, patched
@@ -31,10 +30,6 @@ from src.utils import ExitStatus, UsageError
 
 # Kernels and Hugging Face's code add up the same numbers in another order: differences of a few roundings each.
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
-
-FULL_SIZE = {
-    name + suffix for name in SHAPES if not name.startswith(("tiny-", "small-")) for suffix in ("", "-Instruct")
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +101,8 @@ def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
 
     Returns the exit status, 1 if a technique disagrees.
     """
-    if config.memory_limit_gib is not None:
-        raise UsageError("on a CPU there is no --memory_limit_gib: --dry_run --memory_limit_gib says what fits")
-    if config.dtype == "bf16" or (config.dtype == "fp16" and not config.parity):
-        raise UsageError("on a CPU the kernels are checked in fp32, with --parity also in fp16; bf16 needs a GPU")
-    if config.model_name in FULL_SIZE:
-        raise UsageError(f"{config.model_name} needs a GPU: Triton's interpreter is too slow for it; use tiny-llama")
+    if refusal := config.refusal_on_cpu():
+        raise UsageError(refusal)
     interpreter.enable()
     if config.parity:
         return _parity(config)
@@ -129,7 +120,9 @@ def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
         recorder.add_phases(trained[-1].phases)
         if config.log_dir:
             write_tensorboard(config.log_folder, recorder.record, trained[-1].measurement)
-    steps = f"{config.iterations} training steps, {config.batch_size} x {config.seq_length} tokens, fp32"
+    # The step whose gradients are compared trains, too.
+    count = config.warmup + config.iterations + 1
+    steps = f"{count} training steps, {config.batch_size} x {config.seq_length} tokens, fp32"
     print(f"\n{config.model_name}, {steps}; differences are relative, a rounding is 1e-07\n")
     print(kernel_check_table(rows), files_written(config), sep="\n\n")
     print("\nRunning this on a GPU would add measured peaks, latency, throughput, a snapshot and a trace.")

@@ -10,24 +10,20 @@ Snapshots of this project say what each block is for; in those of others it foll
 marks, and from how long a block lives.
 """
 
+import argparse
 import sys
+from pathlib import Path
 
-# Imports stand in functions: --help and mistakes are answered at once, and Ctrl-C is one line from the start.
+from src import program
+from src.utils import UsageError
 
-
-def main() -> int:
-    """Read one snapshot or compare two; returns the exit status."""
-    from src.utils import ExitStatus, UsageError, error_line
-
-    try:
-        return _run()
-    except UsageError as error:
-        error_line(error)
-        return ExitStatus.BAD_ARGUMENTS
+# Other imports stand in functions: --help and mistakes are answered at once.
 
 
 def _run() -> int:
     arguments = _parse()
+    if sys.stdout is None:
+        raise UsageError("there is no standard output to write to")
     from src.explain import outputs
 
     patterns = outputs.patterns(arguments.category)
@@ -36,7 +32,6 @@ def _run() -> int:
     from src.explain.reading import read_all
     from src.explain.report import frames_table, gpus_table, report, waterfall_table
 
-    sys.stdout.reconfigure(errors="backslashreplace")  # names may be anything
     found = [read_all(file, patterns) for file in files]
     fullest = [timelines[0] for timelines in found]
     for label, file, timelines in zip("AB", files, found):
@@ -51,17 +46,13 @@ def _run() -> int:
     return 0
 
 
-def _parse():
-    import argparse
-    from pathlib import Path
+def main() -> int:
+    """Read one snapshot or compare two; returns the exit status."""
+    return program.guarded(_run)
 
-    from src.utils import UsageError
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            raise UsageError(f"{message} (--help says more)")
-
-    parser = Parser(
+def _parse() -> argparse.Namespace:
+    parser = program.Parser(
         prog="python -m src.explain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a snapshot, or the one from before a change")
@@ -77,25 +68,6 @@ def _parse():
     return arguments
 
 
-def _guarded() -> int:
-    """`main`, where Ctrl-C and a standard output that cannot be written are one line."""
-    if sys.stdout is None:
-        print("error: there is no standard output to write to", file=sys.stderr)
-        return 1
-    try:
-        status = main()
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    except OSError as error:  # of stdout: everything else has become a UsageError
-        import os
-
-        print(f"error: cannot write to standard output: {error.strerror}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try once more as it ends
-        return 1
-
-
 if __name__ == "__main__":
-    sys.exit(_guarded())
+    program.begin()
+    sys.exit(main())

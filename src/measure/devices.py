@@ -92,7 +92,7 @@ class OutOfMemoryWatch:
     """Remembers what the CUDA allocator was asked for, and what was free, when it last gave up."""
 
     def __init__(self) -> None:
-        self.facts: dict[str, int | None] = {"requested_bytes": None, "free_bytes": None, "allocated_bytes": None}
+        self.facts: dict[str, int | None] = {}
 
     def attach(self) -> None:
         """Watch from now on, for as long as the process lives."""
@@ -102,4 +102,11 @@ class OutOfMemoryWatch:
         # What this process could still have had: the driver's free memory, less under a cap, and its own unused blocks.
         reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         free = min(driver_free, allowed - reserved) + reserved - allocated
-        self.facts = {"requested_bytes": requested, "free_bytes": free, "allocated_bytes": allocated}
+        pieces = [block for segment in torch.cuda.memory_snapshot() for block in segment["blocks"]]
+        self.facts = {
+            "requested_bytes": requested,
+            "free_bytes": free,
+            "reserved_bytes": reserved,
+            "allocated_bytes": allocated,
+            "largest_gap_bytes": max((piece["size"] for piece in pieces if piece["state"] == "inactive"), default=0),
+        }

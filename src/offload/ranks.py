@@ -32,7 +32,7 @@ def rank() -> int:
     return _count("RANK", 0)
 
 
-def check_environment() -> None:
+def check_environment(script: str = "deepspeed") -> None:
     """Raises `UsageError` if what a launcher sets cannot be: PyTorch would wait for ranks that never come."""
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT"):
         text = os.environ.get(name)
@@ -41,6 +41,8 @@ def check_environment() -> None:
     size = world_size()
     if size == 0 or rank() >= size:
         raise UsageError(f"RANK={rank()} cannot be with WORLD_SIZE={size}: ranks count from 0 to WORLD_SIZE - 1")
+    if size > 1 and script != "deepspeed":
+        raise UsageError(f"WORLD_SIZE={size}, but this script runs on one GPU: bash run_ds.sh runs on several")
     accelerator = os.environ.get("DS_ACCELERATOR", "")
     if accelerator not in _ACCELERATORS:
         raise UsageError(f"DS_ACCELERATOR must be cpu, cuda or unset, got {accelerator!r}")

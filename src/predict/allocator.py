@@ -23,13 +23,9 @@ SEGMENT_ROUND_BYTES = 2 * MIB  # ... rounded up to a multiple of this
 class SimulatedOutOfMemory(OutOfMemory):
     """The simulated card has no room for a request."""
 
-    def __init__(self, requested_bytes: int, free_bytes: int, allocated_bytes: int) -> None:
-        super().__init__(f"a card of this size has no room for {requested_bytes} more bytes")
-        self.facts = {
-            "requested_bytes": requested_bytes,
-            "free_bytes": free_bytes,
-            "allocated_bytes": allocated_bytes,
-        }
+    def __init__(self, **facts: int) -> None:
+        super().__init__(f"a card of this size has no room for {facts['requested_bytes']} more bytes")
+        self.facts = facts
 
 
 @dataclass(eq=False)
@@ -117,7 +113,13 @@ class CachingAllocator:
         if self.limit_bytes is not None and self.reserved_bytes + segment_bytes > self.limit_bytes:
             self.release_cached()
             if self.reserved_bytes + segment_bytes > self.limit_bytes:
-                raise SimulatedOutOfMemory(segment_bytes, self.limit_bytes - self.allocated_bytes, self.allocated_bytes)
+                raise SimulatedOutOfMemory(
+                    requested_bytes=segment_bytes,
+                    free_bytes=self.limit_bytes - self.allocated_bytes,
+                    reserved_bytes=self.reserved_bytes,
+                    allocated_bytes=self.allocated_bytes,
+                    largest_gap_bytes=max((piece[0] for piece in (*self._small[-1:], *self._large[-1:])), default=0),
+                )
         block = Piece(self._next_address, segment_bytes, pool)
         self._next_address += segment_bytes
         self.segments[block.address] = block

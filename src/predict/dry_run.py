@@ -21,6 +21,7 @@ from src.explain.timeline import timeline
 from src.machine import H100, Gpu
 from src.measure import PhasePeaks, measure_phases
 from src.model_utils import flops_per_step, implementations, patched
+from src.predict.allocator import SimulatedOutOfMemory
 from src.predict.fake_gpu import FakeGpu
 from src.predict.simulated_snapshot import simulated_snapshot
 from src.record import Record
@@ -162,6 +163,18 @@ def _without_garbage_collector() -> Iterator[None]:
             gc.enable()
 
 
+def room(config: RunConfig, card: Gpu = H100) -> int:
+    """What the allocator may reserve: all of `card` but the CUDA context, or what the run asks for, in bytes."""
+    return limit_bytes(config, card) or card.memory_bytes - card.context_bytes
+
+
+def card_in_words(config: RunConfig, card: Gpu = H100) -> str:
+    """The card that a dry run is for, and what the allocator may reserve of it."""
+    own = config.gpu_memory_gib is not None or config.memory_limit_gib is not None
+    size = "the memory asked for" if own else f"an {card.name}"
+    return f"{size}: {format_bytes(room(config, card))} for PyTorch's allocator"
+
+
 def limit_bytes(config: RunConfig, card: Gpu = H100) -> int | None:
     """What the allocator may reserve under --gpu_memory_gib and --memory_limit_gib, None if neither is given."""
     limits = []
@@ -175,22 +188,29 @@ def limit_bytes(config: RunConfig, card: Gpu = H100) -> int | None:
 
 
 def main(config: RunConfig, script: Script) -> int:
-    """Predict the experiment, record and print it; returns the exit status, 3 if it does not fit the card asked for."""
-    limit = limit_bytes(config)
+    """Predict the experiment, record and print it; returns the exit status, 3 if it does not fit the card."""
     recorder = Recorder(config, "predicted", torch.device("cpu"))
     with recorder:
         recorder.record.simulated_gpu = H100.name
-        prediction = predict(config, script.build_experiment, record_frames=bool(config.snapshot_dir))
+        prediction, refused = _predict_on_card(config, script.build_experiment)
         prediction.fill(recorder.record)
         if config.snapshot_dir:
             save(simulated_snapshot(prediction.gpu, prediction.first_event), config.snapshot_file)
-        if limit is not None:
-            predict(config, script.build_experiment, limit_bytes=limit)
+        if refused is not None:
+            raise refused
     status = recorder.finish()
-    if limit is not None:
-        answer = "fits" if recorder.record.status == "ok" else "does not fit"
-        print_rank0(f"\nIt {answer} {format_bytes(limit)} of allocator memory.")
+    answer = "fits" if recorder.record.status == "ok" else "does NOT fit"
+    print_rank0(f"\nIt {answer} {card_in_words(config)}.")
     return status
+
+
+def _predict_on_card(config: RunConfig, build: Build) -> tuple[Prediction, SimulatedOutOfMemory | None]:
+    """What `config` does on its card; if that has no room for it, what it would do on one that has, and the refusal."""
+    with_frames = bool(config.snapshot_dir)
+    try:
+        return predict(config, build, limit_bytes=room(config), record_frames=with_frames), None
+    except SimulatedOutOfMemory as error:
+        return predict(config, build, record_frames=with_frames), error
 
 
 def forecast(config: RunConfig, build: Build, variants: Mapping[str, Mapping[str, object]]) -> str:

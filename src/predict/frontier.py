@@ -1,6 +1,7 @@
 """The largest batch or sequence that fits: predicted anywhere, and measured too where there is a GPU."""
 
 import dataclasses
+import sys
 from collections.abc import Callable
 
 import torch
@@ -55,7 +56,9 @@ def predicted_frontier(config: RunConfig, build: Build, card: Gpu, limit: int) -
         try:
             predictions[size] = predict(_sized(config, size), build, card=card, limit_bytes=limit)
         except SimulatedOutOfMemory:
+            _tell(f"{config.find_max} {size:,}: does not fit")
             return False
+        _tell(f"{config.find_max} {size:,}: fits, peak {format_bytes(predictions[size].peak_bytes)}")
         return True
 
     size = search(fits, GRANULARITY[config.find_max], largest_size(config))
@@ -80,6 +83,7 @@ def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], ex
     def runs(size: int) -> bool:
         if size == 0:
             return True
+        _tell(f"measuring {config.find_max} {size:,}")
         return measure(dataclasses.replace(_sized(quiet, size), find_max=None)) == 0
 
     size = max(expected, granularity)
@@ -118,6 +122,11 @@ def main(config: RunConfig, script: Script) -> int:
         print_rank0(summary(record))
     print_rank0(f"\n{files_written(config)}")
     return record.exit_status
+
+
+def _tell(line: str) -> None:
+    """Progress, which is no part of the answer."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _sized(config: RunConfig, size: int) -> RunConfig:

@@ -65,8 +65,10 @@ class Failure(_Typed):
     type: str
     message: str
     requested_bytes: Bytes | None = None
-    free_bytes: Bytes | None = None
+    free_bytes: Bytes | None = None  # in all, whatever its pieces: not yet reserved, and unused inside what is reserved
+    reserved_bytes: Bytes | None = None  # by PyTorch's allocator
     allocated_bytes: Bytes | None = None
+    largest_gap_bytes: Bytes | None = None  # the largest unused piece inside what is reserved
 
 
 class KernelCheck(_Typed):

@@ -192,10 +192,14 @@ def _speed_rows(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _oom_summary(error: Failure) -> str:
-    rows = [
-        ("Out of memory", ""),
-        ("asked for", format_bytes(error.requested_bytes)),
-        ("free", format_bytes(error.free_bytes)),
-        ("already allocated", format_bytes(error.allocated_bytes)),
-    ]
-    return aligned_table(rows)
+    rows = [("Out of memory", ""), ("asked for", format_bytes(error.requested_bytes))]
+    if error.reserved_bytes is None:  # a record of an earlier version
+        rows.append(("free, in pieces of any size", format_bytes(error.free_bytes)))
+    else:
+        unused = error.reserved_bytes - error.allocated_bytes
+        rows += [
+            ("free beside what is reserved", format_bytes(error.free_bytes - unused)),
+            ("reserved, unused, in pieces", format_bytes(unused)),
+            ("  the largest of them", format_bytes(error.largest_gap_bytes)),
+        ]
+    return aligned_table([*rows, ("allocated", format_bytes(error.allocated_bytes))])

@@ -15,18 +15,19 @@ sweep goes on. Cells beyond one that ran out of memory with the same settings ar
 --every_cell runs them.
 """
 
+import argparse
 import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 
-from src.program import guarded
-
-# Other imports stand in functions: --help is answered at once, and Ctrl-C is one line from the start.
+from src import machine, program
+from src.utils import UsageError
 
 
 @contextlib.contextmanager
-def _interruptible(numbers):
+def _interruptible(numbers: Sequence[int]) -> Iterator[None]:
     """Let a request to terminate end the study as Ctrl-C does; one that is ignored, as under nohup, stays so."""
     heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, signal.default_int_handler) for number in heard}
@@ -40,20 +41,13 @@ def _interruptible(numbers):
 def _require_gpus(count: int) -> None:
     import torch
 
-    from src.utils import UsageError
-
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if found == 0:
-        raise UsageError("no GPU here: --dry_run predicts the grid, --device cpu runs tiny models")
+    found = torch.cuda.device_count()
     if found < count:
         raise UsageError(f"--num_gpus {count}, but {found} here")
 
 
-def _parsed():
-    """The study's own arguments, and the flags of the script."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
+def _parsed() -> tuple[argparse.Namespace, list[str]]:
+    parser = program.Parser(
         prog="python -m src.study",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -75,60 +69,54 @@ def _parsed():
 
 def _device(flags: list[str]) -> str | None:
     """The --device among the script's flags, None if none is named."""
-    import argparse
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--device")
     return parser.parse_known_args(flags)[0].device
 
 
-def _sweep(arguments, flags: list[str]) -> int:
-    # Imported here, so that --help and most mistakes need not wait for PyTorch. Triton reads this while it is imported.
+def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
+    # Imported here, so that --help and mistakes need not wait for PyTorch. Triton reads a variable as it is imported.
+    from src.study import grids
+
+    axes = grids.grid_axes(arguments.grid)
+    grids.check(axes, arguments.script, flags)
     device = _device(flags)
+    runs_here = device is None and "--dry_run" not in {flag.partition("=")[0] for flag in flags}
+    if runs_here and not machine.has_gpu():
+        raise UsageError("no GPU here: --dry_run predicts the grid, --device cpu runs tiny models")
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # look for a GPU without initialising CUDA
     from tqdm import tqdm
 
     from src.cli import warn
-    from src.study.grids import grid_axes, script, tasks
     from src.study.sweep import Sweep
 
     tqdm.monitor_interval = 0  # no thread beside a process that forks
-    axes = grid_axes(arguments.grid)
-    if device is None and "--dry_run" not in {flag.partition("=")[0] for flag in flags}:
+    if runs_here:
         _require_gpus(arguments.num_gpus)
     # Snapshots and logs of a whole grid are asked for, not usual.
     flags = ["--snapshot_dir=", "--log_dir=", *flags]
-    found = tasks(axes, script(arguments.script), flags, arguments.num_gpus)
+    found = grids.tasks(axes, grids.script(arguments.script), flags, arguments.num_gpus)
     warn([task.config for task in found])
     return Sweep(found, timeout_s=arguments.timeout_s, every_cell=arguments.every_cell).run()
 
 
+def _run() -> int:
+    arguments, flags = _parsed()
+    with _interruptible((signal.SIGTERM, signal.SIGHUP)):
+        return _sweep(arguments, flags)
+
+
 def main() -> int:
     """Run the grid on the command line, or compare two records; returns the exit status."""
-    from src.utils import ExitStatus, UsageError, error_line
+    if sys.argv[1:2] == ["compare"]:
+        from src.study import compare
 
-    try:
-        if sys.argv[1:2] == ["compare"]:
-            from src.study import compare
-
-            return compare.main(sys.argv[2:])
-        arguments, flags = _parsed()
-        with _interruptible((signal.SIGTERM, signal.SIGHUP)):
-            return _sweep(arguments, flags)
-    except UsageError as error:
-        error_line(error)
-        return ExitStatus.BAD_ARGUMENTS
-    except OSError as error:
-        if error.filename is None:  # of standard output
-            raise
-        error_line(f"{error.filename}: {error.strerror}; the same command goes on where this one was")
-        return ExitStatus.FAILED
-    except KeyboardInterrupt:
-        error_line("interrupted; the same command goes on where this one was")
-        return ExitStatus.INTERRUPTED
+        return program.guarded(lambda: compare.main(sys.argv[2:]))
+    return program.guarded(_run, "interrupted; the same command goes on where this one was")
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    program.begin()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from src import program
 from src.config import RunConfig
 from src.explain.report import waterfall_table
 from src.record import WRONG, Record, load
@@ -42,7 +43,7 @@ FIGURES: dict[str, tuple[Callable[[Record], float | None], Callable[[float], str
 
 def main(words: Sequence[str]) -> int:
     """Print the comparison that a command line asks for; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = program.Parser(
         prog="python -m src.study compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("a", type=Path, metavar="A.json")

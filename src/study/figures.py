@@ -200,8 +200,8 @@ def step_ms(record: Record) -> Bar | None:
 
 
 def peak_gib(record: Record) -> Bar | None:
-    """Peak allocated memory, which does not vary; None if it is not known."""
-    known = record.status == "ok" and record.peak_memory_bytes is not None
+    """Peak allocated memory, which does not vary; None if it is not known. Predicted is also one that does not fit."""
+    known = (record.status == "ok" or answers.is_predicted(record)) and record.peak_memory_bytes is not None
     return (record.peak_memory_bytes / GIB, 0.0, 0.0) if known else None
 
 

@@ -5,13 +5,18 @@ import importlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 from src.cli import command_line
 from src.config import RunConfig
-from src.experiment import Script
+from src.offload_config import CONFIGS
 from src.study.answers import BATCH_SIZES, FIXED_BATCH, FIXED_LENGTH, SEQ_LENGTHS
 from src.techniques import STRATEGIES, kernels_only
 from src.utils import UsageError
+
+if TYPE_CHECKING:  # it imports torch; a mistake in a grid is told before that
+    from src.experiment import Script
 
 Axes = dict[str, list[str]]  # setting -> values, as on a command line
 
@@ -23,7 +28,7 @@ GRIDS: dict[str, list[Axes]] = {"batch": [_BATCH], "sequence": [_SEQUENCE], "stu
 SCRIPTS = {"all_gpu": "all_gpu_liger_kernel", "deepspeed": "deepspeed_liger_kernel"}
 
 
-def script(name: str) -> Script:
+def script(name: str) -> "Script":
     """One of the two scripts. Imports it, and with it torch."""
     return importlib.import_module(SCRIPTS[name]).SCRIPT
 
@@ -34,11 +39,15 @@ class Task:
 
     config: RunConfig
     arguments: tuple[str, ...]  # of the script
+    swept: tuple[str, ...] = ()  # those of them that are the grid's
 
     @property
     def label(self) -> str:
         """What tells it apart, for a person."""
-        return f"{self.config.title}, {self.config.batch_size} x {self.config.seq_length}"
+        sizes = f"{self.config.batch_size} x {self.config.seq_length}"
+        words = [word.removeprefix("--").replace("=", " ") for word in self.swept]
+        others = [word for word in words if word.split()[0] not in ("batch_size", "seq_length")]
+        return ", ".join([self.config.title, sizes, *others])
 
 
 def grid_axes(words: Sequence[str]) -> list[Axes]:
@@ -64,7 +73,13 @@ def strategy_of(word: str) -> dict[str, bool]:
         raise UsageError(f"strategy={word}: {error}, or one of {', '.join(STRATEGIES)}") from error
 
 
-def tasks(axes: Sequence[Axes], of: Script, flags: Sequence[str], num_gpus: int = 1) -> list[Task]:
+def check(axes: Sequence[Axes], script_name: str, flags: Sequence[str]) -> None:
+    """End the program with status 2, as `tasks` would, if a word or flag cannot be. Needs no torch."""
+    plain = SimpleNamespace(defaults=CONFIGS[script_name](), cpu_defaults={})
+    tasks(axes, plain, [*flags, "--device=cuda"])
+
+
+def tasks(axes: Sequence[Axes], of: "Script", flags: Sequence[str], num_gpus: int = 1) -> list[Task]:
     """Every run of the grid once: strategy by strategy, the smallest first, so that the largest can be inferred.
 
     Those that differ in their sizes alone stand together.
@@ -76,7 +91,7 @@ def tasks(axes: Sequence[Axes], of: Script, flags: Sequence[str], num_gpus: int 
             kernels = [f"--{name}={int(is_on)}" for name, is_on in strategy_of(word).items()]
             for values in itertools.product(*(part[name] for name in names)):
                 own = [f"--{name}={value}" for name, value in zip(names, values)]
-                task = _task(of, [*kernels, *own, *flags], num_gpus)
+                task = _task(of, [*kernels, *own, *flags], num_gpus, own)
                 found.setdefault(task.config.run_name, task)
     order = {key: i for i, key in enumerate(dict.fromkeys(but_for_sizes(t.config) for t in found.values()))}
     return sorted(found.values(), key=lambda task: (order[but_for_sizes(task.config)], task.config.tokens_per_step))
@@ -87,8 +102,8 @@ def but_for_sizes(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, batch_size=1, seq_length=2)
 
 
-def _task(of: Script, arguments: list[str], num_gpus: int) -> Task:
+def _task(of: "Script", arguments: list[str], num_gpus: int, swept: Sequence[str]) -> Task:
     config = command_line(None, of.defaults, of.cpu_defaults, arguments).config
     if num_gpus > 1:
         config = dataclasses.replace(config, world_size=num_gpus)
-    return Task(config, tuple(arguments))
+    return Task(config, tuple(arguments), tuple(swept))

@@ -46,7 +46,9 @@ class Sweep:
         with tqdm(total=len(waiting), unit="cell", disable=None) as progress, contextlib.closing(self):
             for task in waiting:
                 progress.set_description(task.label)
-                reason = None if self._every_cell else _too_large(task.config, done)
+                # A prediction costs seconds, and says what a size that does not fit would need.
+                every_cell = self._every_cell or task.config.dry_run
+                reason = None if every_cell else _too_large(task.config, done)
                 started = time.monotonic()
                 record = self._infer(task, reason) if reason else self._measure(task)
                 done[task.config.run_name] = record
@@ -178,7 +180,8 @@ def finished_record(config: RunConfig) -> Record | None:
 def outcome(record: Record) -> str:
     """A record in a few words."""
     if record.status == "oom":
-        return "out of memory" + (" (inferred)" if record.mode == "inferred" else "")
+        needs = "" if record.peak_memory_bytes is None else f"peak {record.peak_memory_bytes / GIB:,.2f} GiB: "
+        return f"{needs}out of memory" + (" (inferred)" if record.mode == "inferred" else "")
     if record.status == "error":
         return f"failed: {record.error.message}"
     peak, speed = record.peak_memory_bytes, record.throughput_tokens_per_s
