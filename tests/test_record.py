@@ -13,20 +13,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from src.experiment import OutOfMemory
+from src.explain.plot import figure
+from src.explain.reading import read_all
 from src.measure import Measurement, PhasePeaks
-from src.offload_config import OffloadConfig
+from src.offload_config import PRESETS, OffloadConfig
 from src.record import SCHEMA, Failure, Frontier, KernelCheck, load, load_all, record
 from src.record.record import HEADLINES
 from src.record.recorder import Alone, Recorder, new_record
 from src.record.report import files_written, last_comparable, report, summary
 from src.record.tensorboard import write_tensorboard
-from src.utils import MIB, UsageError, write_atomically
+from src.utils import GIB, MIB, UsageError, write_atomically
 from tests.helpers import ROOT, tiny_config
 
 H100 = "NVIDIA H100 80GB HBM3"
 COMMITTED = sorted(ROOT.glob("doc/data/h100_single_gpu/*.json"))[0]
+COMMITTED_SNAPSHOT = sorted(ROOT.glob("doc/data/snapshots/bs8_seq1024_rope*.pickle.gz"))[0]
 PHASES = PhasePeaks({"forward": 1, "backward": 3, "optimizer": 2}, 1.5)
 
 
@@ -474,8 +478,8 @@ def test_tensorboard_gets_the_figures_that_there_are(config, counted):
     expected = {"step/loss": [3.0, 2.5], "summary/loss": [2.5]}
     if counted:
         expected |= {
-            "step/peak_allocated_MiB": [2, 3],
-            "step/peak_reserved_MiB": [4, 4],
+            "step/peak_allocated_GiB": [2 / 1024, 3 / 1024],
+            "step/peak_reserved_GiB": [4 / 1024, 4 / 1024],
             "step/seconds": [0.5, 0.25],
             "step/tokens_per_s": [2 * 16 / 0.5, 2 * 16 / 0.25],
             "summary/peak_GiB": [3 / 1024],
@@ -489,3 +493,33 @@ def test_tensorboard_gets_the_figures_that_there_are(config, counted):
     assert set(hparams) == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
     assert b"No Liger Kernel" in hparams["_hparams_/session_start_info"]
     assert b"summary/peak_GiB" in hparams["_hparams_/experiment"]
+
+
+def row_of_hparams(folder, config, gpu=H100):
+    """The columns of a run on TensorBoard's HPARAMS page."""
+    own = dataclasses.replace(config, log_dir=str(folder / config.run_name))
+    recorder = recorder_of(own, gpu=gpu)
+    recorder.record.implementations = {}
+    recorder.add_measurement(measurement_of())
+    write_tensorboard(own.log_folder, recorder.record, recorder.measurement)
+    content = tensorboard(own.log_folder).summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    started = HParamsPluginData.FromString(content).session_start_info
+    return {name: value.string_value for name, value in started.hparams.items()}
+
+
+def test_hparams_tell_runs_apart_by_what_differs(tmp_path):
+    usual = OffloadConfig(iterations=2, model_name="meta-llama/Llama-3.2-1B-Instruct")
+    changes = [{"preset": "fast", **PRESETS["fast"]}, {"optimizer": "overlapped_cpu_adam", "dtype": "bf16"}]
+    changes += [{"memory_limit_gib": 24.0}, {"world_size": 2}, {"flce": False}, {"gradient_checkpointing": False}]
+    runs = [usual, *(dataclasses.replace(usual, **own) for own in changes)]
+    rows = [row_of_hparams(tmp_path, run) for run in runs]
+    assert len({tuple(sorted(row.items())) for row in rows}) == len(rows)
+    assert (rows[0]["model"], rows[1]["preset"], rows[3]["limit_GiB"]) == ("Llama-3.2-1B fp16", "fast", "24")
+    assert (rows[4]["GPUs"], rows[5]["Kernels"]) == (f"2 x {H100}", "Liger Kernel w/o FLCE")
+    assert rows[6]["others"] == "iterations 2, gradient_checkpointing False"
+
+
+def test_memory_of_all_runs_on_a_card_is_drawn_on_one_scale():
+    (found,) = read_all(COMMITTED_SNAPSHOT)
+    drawn = figure({"x": found}, 80 * GIB)
+    assert {axes.get_ylim() for axes in drawn.axes} == {(0, 80)}
