@@ -29,8 +29,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from src.record import Record, load_all
-from src.utils import ExitStatus, UsageError, error_line, write_atomically
+from src.record import Record, load_and_tell
+from src.utils import ExitStatus, UsageError, write_atomically
 
 RESULTS = "results"
 STUDY = Path(__file__).resolve().parent / "doc" / "data" / "study"
@@ -51,23 +51,20 @@ def _parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(folders: list[Path]) -> tuple[list[Record], list[UsageError], bool]:
-    """The records in `folders`, the files that are none, and whether they are the study's.
+def load(folders: list[Path]) -> tuple[list[Record], bool, bool]:
+    """The records in `folders`, whether all files there are records, and whether they are the study's.
 
-    If no folder is named, they are the user's own, or else the study's, as stderr then says.
+    If no folder is named, they are the user's own, or else the study's, as stderr then says. Raises `UsageError`.
     """
-    searched, skipped = folders or [Path(RESULTS)], []
-    found = load_all(searched, skipped.append)
-    if found or skipped:
-        return found, skipped, False
-    if folders:
+    searched = folders or [Path(RESULTS)]
+    found, is_whole = load_and_tell(searched)
+    if found:
+        return found, is_whole, False
+    if folders or not is_whole:
         raise UsageError(f"no records below {', '.join(map(str, searched))}")
     study = os.path.relpath(STUDY)
-    print(
-        f"No records in {RESULTS}/: these are of the study's own in {study}, which can be named to draw all.",
-        file=sys.stderr,
-    )
-    return load_all([STUDY], skipped.append), skipped, True
+    print(f"No records in {RESULTS}/: some of the study's own instead; name {study} for all.", file=sys.stderr)
+    return *load_and_tell([STUDY]), True
 
 
 def draw(found: Sequence[Record], out: Path, most: int | None) -> None:
@@ -91,16 +88,14 @@ def draw(found: Sequence[Record], out: Path, most: int | None) -> None:
 def run() -> int:
     """Draw or list the records; returns the exit status."""
     arguments = _parsed()
-    found, skipped, is_study = load(arguments.folder)
-    for error in skipped:
-        error_line(f"skipped: {error}")
+    found, is_whole, is_study = load(arguments.folder)
     if arguments.table:
         from src.study import tables
 
         print(tables.FORMATS[arguments.table](tables.runs_table(found)))
-    elif found:
+    else:
         draw(found, arguments.out, 1 if is_study else None)
-    return ExitStatus.FAILED if skipped else ExitStatus.DONE
+    return ExitStatus.DONE if is_whole else ExitStatus.FAILED
 
 
 def main() -> int:

@@ -226,7 +226,7 @@ def main() -> int:
             if name not in DOCUMENTS:
                 raise UsageError(f"no table {name!r}: choose from {', '.join(DOCUMENTS)}")
             print(render(name, os.path.abspath(folder), f"python -m doc.build --table {name} {folder}").rstrip())
-            return ExitStatus.DONE
+            return ExitStatus.FAILED if evidence.strange else ExitStatus.DONE
         os.chdir(ROOT)  # records name their folders relative to it
         if arguments.predictions:
             evidence.predict_all()

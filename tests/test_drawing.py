@@ -384,9 +384,7 @@ def test_pictures_of_ones_own_records_else_of_the_study(draw, tmp_path):
     keep(tmp_path / "study", *LENGTHS, record(ALL, 8, dtype="fp32"))
     status, stdout, stderr = draw("--out", "pictures")
     assert status == 0
-    assert (
-        stderr == "No records in results/: these are of the study's own in ../study, which can be named to draw all.\n"
-    )
+    assert stderr == "No records in results/: some of the study's own instead; name ../study for all.\n"
     written = sorted([f"pictures/{name}" for name in LENGTH_FIGURES] + LENGTH_FIGURES)
     assert sorted(stdout.splitlines()) == written  # and not of every setting that the study has
     assert sorted(str(path) for path in Path().rglob("*.png")) == written

@@ -17,7 +17,7 @@ import pydantic
 from src.config import RunConfig
 from src.offload_config import CONFIGS
 from src.techniques import warnings
-from src.utils import ExitStatus, UsageError, first_line, write_atomically
+from src.utils import ExitStatus, UsageError, error_line, first_line, write_atomically
 
 SCHEMA = 2
 # Always in the file, null where they were not measured: a reader would miss them.
@@ -257,6 +257,15 @@ def load_all(folders: Iterable[Path], skip: Callable[[UsageError], object] | Non
                 raise
             skip(error)
     return found
+
+
+def load_and_tell(folders: Iterable[Path]) -> tuple[list[Record], bool]:
+    """The records below `folders`, and whether all files there are some; stderr has a line for each that is none."""
+    strange: list[UsageError] = []
+    found = load_all(folders, strange.append)
+    for error in strange:
+        error_line(f"skipped: {error}")
+    return found, not strange
 
 
 def record_files(folders: Iterable[Path]) -> list[Path]:

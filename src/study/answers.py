@@ -163,8 +163,13 @@ def place(record: Record) -> tuple[Setting, Cell]:
     return _setting(record), cell(record)
 
 
+def repeats(record: Record, times: StepTimes) -> str:
+    """How many runs of its experiment there are, and their times a step in ms; nothing of a single one."""
+    return spread(times.get(place(record), ())) if record.latency_s is not None else ""
+
+
 def spread(times: Sequence[float]) -> str:
-    """How many runs took which times a step, in ms; nothing of a single one."""
+    """The same of these times."""
     return f"{len(times)} runs: {times[0] * 1e3:,.1f} to {times[-1] * 1e3:,.1f}" if len(times) > 1 else ""
 
 

@@ -41,7 +41,7 @@ def runs_table(found: Sequence[Record]) -> Table:
     """
     times = answers.step_times(found)
     header = ["kernels", "batch", "seq", "settings", "status", "peak GiB", "ms a step", "IQR ms", "tokens/s", "MFU"]
-    rows = [_row(r, times.get(answers.place(r), [])) for r in sorted(found, key=_order)]
+    rows = [_row(r, times) for r in sorted(found, key=_order)]
     return [[*header, "parity", "repeats, ms a step"], *rows]
 
 
@@ -50,7 +50,7 @@ def _order(record: Record) -> tuple:
     return setting_words(record), config.seq_length, config.batch_size, len(config.kernels), config.title, record.mode
 
 
-def _row(record: Record, times: Sequence[float]) -> list[str]:
+def _row(record: Record, times: answers.StepTimes) -> list[str]:
     config = record.answered
     status = record.mode if record.status == "ok" else absence(record)
     status += " (predicted)" if config.dry_run and record.status != "ok" else ""
@@ -63,7 +63,7 @@ def _row(record: Record, times: Sequence[float]) -> list[str]:
         number_or_empty(record.throughput_tokens_per_s, 1, "{:,.0f}"),
         number_or_empty(record.mfu, 1e-2, "{:.1f}%"),
         number_or_empty(None if record.parity is None else record.parity.ratio, 1, "{:.2f}"),
-        answers.spread(times) if record.latency_s is not None else "",
+        answers.repeats(record, times),
     ]
 
 
