@@ -12,7 +12,7 @@ from src.study import __main__ as study
 from src.study.compare import cautions, comparison
 from src.utils import MIB
 from tests.helpers import ROOT, assert_one_error_line, run_python
-from tests.made_up import ALL, NO_FLCE, NONE, anything, failed, made_up, out_of_memory, predicted
+from tests.made_up import ALL, BAD, NO_FLCE, NONE, anything, failed, made_up, out_of_memory, predicted
 
 PLACE = ROOT / "doc" / "data" / "h100_single_gpu"
 PAIR = [PLACE / f"bs8_seq1024_rope{on}_silu{on}_rms{on}_flce{on}.json" for on in (False, True)]
@@ -109,6 +109,13 @@ def test_spread_between_runs_is_told(compare, tmp_path):
     assert "the same experiment on the same machine" in stdout
     assert told(made_up(ALL, 4), made_up(NONE, 4))[-1].startswith("one run each: below 16,384 tokens a step")
     assert told(made_up(ALL, 16), made_up(NONE, 16)) == []
+
+
+def test_terminal_obeys_no_text_of_a_record():
+    bad = failed(ALL, 4, gpu=BAD, error={"type": "x", "message": BAD}, peak_breakdown={BAD: 1})
+    text = comparison(bad, made_up(NONE, 4, model_name=BAD, peak_breakdown={"mlp": 1}), (BAD, "b"))
+    assert "\\x1b[31m" in text
+    assert "\x1b" not in text
 
 
 def test_file_that_is_no_record_is_one_line(compare, tmp_path):

@@ -142,6 +142,19 @@ def test_card_that_is_too_small_gives_status_3_and_the_peak_all_the_same(small, 
         limit_bytes(dataclasses.replace(config, gpu_memory_gib=0.5))
 
 
+def test_dry_run_always_says_whether_it_fits_its_card(small, dry_runs, capsys):
+    large = dataclasses.replace(small, dry_run=True, batch_size=2**14, seq_length=256)
+    assert script.main(large) == 3
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "It does NOT fit an NVIDIA H100 80GB HBM3: 80,312.0 MiB for PyTorch's allocator."
+    record = load(large.record_file)
+    assert (record.status, record.peak_memory_bytes > H100.memory_bytes) == ("oom", True)
+    unused = record.error.reserved_bytes - record.error.allocated_bytes
+    assert 0 <= record.error.largest_gap_bytes <= unused
+    assert script.main(dataclasses.replace(small, dry_run=True)) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("It fits an NVIDIA H100 80GB HBM3: 80,312.0 MiB")
+
+
 def test_snapshot_read_back_gives_the_predictions_breakdown(small, dry_runs):
     found = read(dry_runs["fits"][1].snapshot_file)
     assert found.breakdown() == predicted(small).breakdown

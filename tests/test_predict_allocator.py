@@ -103,6 +103,8 @@ def test_does_what_a_naive_allocator_does(actions, limit):
                 allocator.allocate(action)
             facts = caught.value.facts
             assert (facts["allocated_bytes"], facts["free_bytes"]) == (naive.allocated(), limit - naive.allocated())
+            gaps = [size for segment in naive.segments for _, size, is_free in segment if is_free]
+            assert (facts["reserved_bytes"], facts["largest_gap_bytes"]) == (naive.reserved(), max(gaps, default=0))
         else:
             live.append(allocator.allocate(action))
             assert (live[-1].address - base, live[-1].size) == expected

@@ -107,6 +107,7 @@ def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
     if config.parity:
         return _parity(config)
     print("No GPU in use: checking the Liger kernels against Hugging Face's code on the CPU, in Triton's interpreter.")
+    print("That has small sizes of its own, which flags change; the forecast is of the run on a GPU.", flush=True)
     if planned is not None:
         print(_forecast(planned, script.build_experiment))
     recorder = Recorder(config, "interpreted", torch.device("cpu"))
@@ -120,8 +121,7 @@ def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
         recorder.add_phases(trained[-1].phases)
         if config.log_dir:
             write_tensorboard(config.log_folder, recorder.record, trained[-1].measurement)
-    # The step whose gradients are compared trains, too.
-    count = config.warmup + config.iterations + 1
+    count = config.warmup + 1 + config.iterations  # the step whose gradients are compared trains, too
     steps = f"{count} training steps, {config.batch_size} x {config.seq_length} tokens, fp32"
     print(f"\n{config.model_name}, {steps}; differences are relative, a rounding is 1e-07\n")
     print(kernel_check_table(rows), files_written(config), sep="\n\n")

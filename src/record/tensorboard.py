@@ -1,6 +1,7 @@
 """TensorBoard logs of a run, and a profiler trace of one extra step in the same folder."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,6 +109,7 @@ def trace_step(step: Step, path: Path, *, keeps: bool = True) -> None:
 
     Where several ranks take part in the step, only one `keeps` its trace.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler's own notices ("USDT: ...") tell a user nothing
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)

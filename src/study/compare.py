@@ -19,7 +19,7 @@ from src.record import WRONG, Record, load
 from src.record.report import origin
 from src.study import answers
 from src.techniques import KERNEL_NAMES
-from src.utils import ExitStatus, UsageError, aligned_table, format_bytes
+from src.utils import ExitStatus, UsageError, aligned_table, format_bytes, printable
 
 MACHINE = ("driver", "cuda", "cpu", "cpu_count", "python", "torch", "triton", "transformers", "liger_kernel")
 MACHINE += ("deepspeed", "git_commit", "omp")
@@ -75,7 +75,7 @@ def comparison(a: Record, b: Record, names: Sequence[object], others: Sequence[R
     parts.append(aligned_table([("", "A", "B", "B - A", "B / A"), *_figures(a, b)]))
     if a.peak_breakdown and b.peak_breakdown:
         parts.append(waterfall_table(a.peak_breakdown, b.peak_breakdown))
-    parts.append("\n".join(f"- {line}" for line in cautions(a, b, answers.step_times([a, b, *others]))))
+    parts.append("\n".join(f"- {printable(line)}" for line in cautions(a, b, answers.step_times([a, b, *others]))))
     return "\n\n".join(filter(None, parts))
 
 

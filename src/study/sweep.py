@@ -17,7 +17,7 @@ from src.record.report import report
 from src.study.answers import is_measured, without_its_limit
 from src.study.grids import SCRIPTS, Task
 from src.study.workers import Job, facts_of, what_happened
-from src.utils import GIB, ExitStatus, UsageError, error_line
+from src.utils import GIB, ExitStatus, UsageError, error_line, printable
 
 
 class Sweep:
@@ -53,7 +53,7 @@ class Sweep:
                 record = self._infer(task, reason) if reason else self._measure(task)
                 done[task.config.run_name] = record
                 failed += record.status == "error"
-                progress.write(f"{time.monotonic() - started:6.1f} s  {task.label}: {outcome(record)}")
+                progress.write(f"{time.monotonic() - started:6.1f} s  {printable(f'{task.label}: {outcome(record)}')}")
                 progress.update()
         for error in skipped.values():
             error_line(f"skipped, not replaced: {error}")

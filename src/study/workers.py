@@ -1,7 +1,9 @@
-"""The processes in which the runs of a study work, forked from one that has imported everything.
+"""The processes in which the runs of a study work.
 
-In other processes because Liger's patches cannot be undone and a GPU that ran out of memory starts clean; forked
-because importing takes longer than most runs. The process that forks must never initialise CUDA.
+In other processes because Liger's patches cannot be undone and a GPU that ran out of memory starts clean; forked from
+one that has imported everything, because importing takes longer than most runs. The process that forks must never
+initialise CUDA. A run on several GPUs starts afresh instead, as under a launcher: its imports are few beside building
+the engine, and no library that touches CUDA as it is imported can spoil it.
 """
 
 import contextlib
@@ -61,10 +63,10 @@ class Job:
         sys.stderr.flush()
         for environment in _ranks_of(task.config):
             ours, theirs = Pipe()
-            pid = _fork()
+            pid = _spawn(task.config.script, theirs, environment) if environment else _fork()
             if pid == 0:
                 ours.close()
-                _serve(script(task.config.script), theirs, environment)
+                _serve(script(task.config.script), theirs)
             theirs.close()
             self._workers.append(_Worker(pid, ours, f"rank {environment['RANK']}: " if environment else ""))
 
@@ -118,14 +120,21 @@ def _fork() -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
-def _serve(of: Script, connection: Connection, environment: dict[str, str]) -> NoReturn:
+def _spawn(script_name: str, connection: Connection, environment: dict[str, str]) -> int:
+    """Start this module as a program, which serves one script at its end of the connection; its process."""
+    os.set_inheritable(connection.fileno(), True)
+    command = [sys.executable, "-m", __name__, script_name, str(connection.fileno())]
+    return os.posix_spawn(sys.executable, command, os.environ | environment, setsid=True)
+
+
+def _serve(of: Script, connection: Connection) -> NoReturn:
     """In a worker: be the script, for one task after the other."""
     try:
-        os.setsid()  # so that whatever it starts can be ended with it
+        if os.getsid(0) != os.getpid():
+            os.setsid()  # so that whatever it starts can be ended with it
         die_with_parent()
         for number in INTERRUPTIONS:
             signal.signal(number, signal.SIG_DFL)
-        os.environ |= environment
         main = of.main if of.main_for_many is None else of.main_for_many()
         while True:
             connection.send(_run_task(of, main, *connection.recv()))
@@ -187,3 +196,7 @@ def facts_of(config: RunConfig) -> dict[str, Any]:
     if not text:
         raise UsageError("the GPU cannot be used: run the script by itself to see why")
     return json.loads(text)
+
+
+if __name__ == "__main__":
+    _serve(script(sys.argv[1]), Connection(int(sys.argv[2])))
