@@ -163,6 +163,7 @@ def test_latency_is_the_median_in_milliseconds_with_its_quartiles():
 def test_what_has_no_bar_says_why():
     found = [record(NONE, 1), record(ALL, 1), record(NO_FLCE, 1)]
     found += [record(name, 2, absent=absent) for name, absent in zip((NONE, NO_FLCE, ALL), ABSENT)]
+    found[-1].peak_memory_bytes = GIB  # until it failed
     found += [record(NONE, 4)]
     figure = drawn(found)["comparison_3_strategies.png"]
     expected = dict(zip(itertools.product((NONE, NO_FLCE, ALL), ["2"]), ABSENT))
@@ -198,7 +199,7 @@ def test_other_settings_have_files_of_their_own_with_two_strategies_only_if_not_
     suffix = "_deepspeed_fast_NVIDIA_Imaginary_1000"
     ours = {f"comparison_3_strategies{suffix}.png", f"latency{suffix}.png"}
     others = {name.replace(".png", "_all_gpu_fp32_NVIDIA_X.png") for name in BATCH_FIGURES[1:]}
-    assert set(list(named)[5:]) == ours | others | {"peaks_all_gpu_seed7_NVIDIA_Imaginary_1000.png"}
+    assert set(list(named)[5:]) == ours | others | {"peaks.png"}
     figure = named[f"comparison_3_strategies{suffix}.png"]
     assert "ZeRO-3 offload, preset fast" in title_of(figure)
 
@@ -281,6 +282,15 @@ def test_peaks_of_a_few_runs_are_what_they_are_made_of():
     (name, figure), *_ = drawn([found]).items()
     assert name == "predicted_peaks.png"
     assert figure.axes[0].get_yticklabels()[0].get_text() == f"{ALL}\n17 x 1,024, the largest that fits"
+
+
+def test_single_runs_of_several_settings_stand_in_one_picture():
+    found = [record(ALL, 8), record(ALL, 8, dtype="fp32", seed=7), record(ALL, 8, gpu="NVIDIA Other")]
+    named = drawn(found)
+    assert list(named) == ["peaks.png", "peaks_NVIDIA_Other.png"]
+    labels = [label.get_text() for label in named["peaks.png"].axes[0].get_yticklabels()]
+    assert labels == [f"{ALL}\n8 x 1,024, bf16", f"{ALL}\n8 x 1,024, fp32, seed 7"]
+    assert title_of(named["peaks.png"]) == f"Llama-3.2-1B-Instruct, gradient checkpointing, {GPU}"
 
 
 def test_kernels_checked_without_a_gpu_are_drawn():
@@ -381,7 +391,8 @@ LENGTHS = [record(name, 4, length) for name in (NONE, ALL) for length in (512, 2
 
 
 def test_pictures_of_ones_own_records_else_of_the_study(draw, tmp_path):
-    keep(tmp_path / "study", *LENGTHS, record(ALL, 8, dtype="fp32"))
+    other = [record(name, 4, length, dtype="fp32") for name in (NONE, ALL) for length in (512, 2048)]
+    keep(tmp_path / "study", *LENGTHS, *other)
     status, stdout, stderr = draw("--out", "pictures")
     assert status == 0
     assert stderr == "No records in results/: some of the study's own instead; name ../study for all.\n"

@@ -51,11 +51,15 @@ class Setting(NamedTuple):
     @property
     def name(self) -> str:
         """Script, unusual settings and machine, for a file's name."""
-        machine = "_".join("".join(c if c.isascii() and c.isalnum() else " " for c in self.machine).split())
-        return file_name(f"{self.config.script}{self.config.settings_name}_{machine}")
+        return file_name(f"{self.config.script}{self.config.settings_name}_{plain_name(self.machine)}")
 
 
 StepTimes = dict[tuple[Setting, Cell], list[float]]
+
+
+def plain_name(text: str) -> str:
+    """`text` for a file's name: letters and digits, which any file system has."""
+    return "_".join("".join(c if c.isascii() and c.isalnum() else " " for c in text).split())
 
 
 def settings(config: RunConfig) -> RunConfig:

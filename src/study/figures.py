@@ -38,6 +38,7 @@ _MARKERS[_OTHER] = ("^", "white")
 _VERSIONS = ("torch", "transformers", "liger_kernel", "deepspeed")
 
 _CHARACTERS_AN_INCH = 10  # of a title
+_LONGEST_LABEL = 75  # characters beside a bar
 _MOST_BARS = 40  # of a figure of peaks
 _SMALLEST_PART = 0.005  # of the largest peak, to be named in a legend
 _WHOLE = "not taken apart"
@@ -76,14 +77,19 @@ def all_figures(found: Sequence[Record], most: int | None = None) -> Iterator[tu
     """
     times = answers.step_times(found)
     for prefix, counts in (("", answers.is_measured), ("predicted_", answers.is_predicted)):
-        studies = answers.studies(found, counts).items()
-        drawn = {setting: own for setting, cells in studies if (own := dict(_figures_of(setting, cells, times)))}
+        studies = answers.studies(found, counts)
+        drawn = {setting: own for setting, cells in studies.items() if (own := _figures_of(setting, cells, times))}
         for i, (setting, named) in enumerate(itertools.islice(drawn.items(), most)):
             original = i == 0 and not prefix
             for name, draw in named.items():
                 fuller = name.replace("_2_", "_3_")
                 if original or fuller == name or fuller not in named:
                     yield f"{prefix}{name}{f'_{setting.name}' if i else ''}.png", draw()
+        lone = [r for setting in studies.keys() - drawn.keys() for r in studies[setting].values()]
+        lone = sorted((r for r in lone if r.peak_memory_bytes is not None), key=_order)
+        for i, place in enumerate(itertools.islice(dict.fromkeys(map(machine, lone)), most)):
+            group = [r for r in lone if machine(r) == place]
+            yield f"{prefix}peaks{f'_{file_name(answers.plain_name(place))}' if i else ''}.png", peaks(group, times)
     for i, record in enumerate(itertools.islice((r for r in found if r.kernel_check), most)):
         yield f"kernel_check{f'_{file_name(record.run.run_name)}' if i else ''}.png", kernel_check(record)
     pairs = predicted_and_measured(found)
@@ -91,19 +97,23 @@ def all_figures(found: Sequence[Record], most: int | None = None) -> Iterator[tu
         yield "predicted_vs_measured.png", predicted_figure(pairs)
 
 
-def _figures_of(setting: Setting, cells: Cells, times: StepTimes) -> Iterator[tuple[str, Draw]]:
-    """The original's four figures and latency, as far as a study has their cells; otherwise what its peaks are."""
-    note = _repeats(setting, cells, times)
-    named = {} if any(r.frontier for r in cells.values()) else dict(_comparisons_of(cells, note))
-    shown = [r for r in cells.values() if r.peak_memory_bytes is not None]
-    if not named and shown:
-        named["peaks"] = functools.partial(peaks, sorted(shown, key=_order), note)
-    yield from named.items()
+def _figures_of(setting: Setting, cells: Cells, times: StepTimes) -> dict[str, Draw]:
+    """The original's four figures and latency, as far as a study has their cells."""
+    if any(r.frontier for r in cells.values()):  # answers of searches are no grid
+        return {}
+    return dict(_comparisons_of(cells, _repeats(setting, cells, times)))
 
 
 def _order(record: Record) -> tuple:
     config = record.answered
-    return config.seq_length, config.batch_size, len(config.kernels), config.title
+    return (
+        machine(record),
+        config.seq_length,
+        config.batch_size,
+        setting_words(record),
+        len(config.kernels),
+        config.title,
+    )
 
 
 def _comparisons_of(cells: Cells, note: str) -> Iterator[tuple[str, Draw]]:
@@ -252,10 +262,11 @@ def _finish(drawing: Figure, axes: Axes, group: Sequence[Record], strategies: Se
     drawing.legend(handles=handles, loc="outside lower center", ncols=len(strategies), fontsize=9, frameon=False)
 
 
-def _title(drawing: Figure, group: Sequence[Record], notes: list[str], note: str = "") -> None:
+def _title(drawing: Figure, group: Sequence[Record], notes: list[str], note: str = "", what: str | None = None) -> None:
     """What was run where, whether it was measured or predicted, and what the marks mean."""
     first = next((r for r in group if r.status == "ok"), group[0])
-    what = ("predicted, not measured: " if answers.is_predicted(first) else "") + setting_words(first)
+    what = setting_words(first) if what is None else what
+    what = ("predicted, not measured: " if answers.is_predicted(first) else "") + what
     if any(r.mode == "inferred" for r in group):
         notes.append("OOM*: not run, a smaller one ran out of memory")
     if limited := sum(map(answers.ran_under_a_limit, group)):
@@ -288,47 +299,53 @@ def _plain(text: str) -> str:
     return "\n".join(map(printable, text.split("\n"))).replace("$", r"\$")
 
 
-def peaks(group: Sequence[Record], note: str = "") -> Figure:
-    """The peak of each run and what it is made of, as stacked bars; beside it its phase and throughput."""
-    group = group[:_MOST_BARS]
-    drawing = _empty(11, 1.8 + 0.5 * len(group))
+def peaks(group: Sequence[Record], times: StepTimes) -> Figure:
+    """The peak of each run and what it is made of, as stacked bars; beside it its phase, throughput and repeats."""
+    shown = group[:_MOST_BARS]
+    drawing = _empty(12, 1.8 + 0.5 * len(shown))
     axes = drawing.subplots()
     seen: dict[str, Any] = {}
-    top = max(max(r.peak_memory_bytes, sum((r.peak_breakdown or {}).values())) for r in group) / GIB
-    for place, record in enumerate(group):
+    top = max(max(r.peak_memory_bytes, sum((r.peak_breakdown or {}).values())) for r in shown) / GIB
+    for place, record in enumerate(shown):
         left, parts = 0.0, record.peak_breakdown or {_WHOLE: record.peak_memory_bytes}
         colour_of = colours(list(parts)) | {_WHOLE: "white"}
         for name in order(list(parts)):
             width = parts[name] / GIB
-            bar = axes.barh(
-                place, width, 0.6, left, color=colour_of[name], edgecolor="black", linewidth=0.3 * bool(width)
-            )
+            style = {"color": colour_of[name], "edgecolor": "black", "linewidth": 0.3 * bool(width)}
+            bar = axes.barh(place, width, 0.6, left, **style)
             if width > _SMALLEST_PART * top:
                 seen.setdefault(name, bar)
             left += width
-        told = [f"{record.peak_memory_bytes / GIB:,.2f} GiB"]
-        told += [f"in {record.peak_phase}"] if record.peak_phase else []
+        told = [f"{record.peak_memory_bytes / GIB:,.2f} GiB", f"in {record.peak_phase}" if record.peak_phase else ""]
         told += [f"{bar[0]:,.0f} tokens/s"] if (bar := throughput(record)) else []
-        axes.annotate(
-            _plain(", ".join(told)), (left, place), (4, 0), textcoords="offset points", va="center", fontsize=9
-        )
-    axes.set_yticks(range(len(group)), [_plain(_run_words(record)) for record in group], fontsize=9)
+        told += [f"{several} ms"] if (several := answers.repeats(record, times)) else []
+        text = _plain(", ".join(filter(None, told)))
+        axes.annotate(text, (left, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    common = [word for word in _setting_parts(shown[0]) if all(word in _setting_parts(r) for r in shown)]
+    axes.set_yticks(range(len(shown)), [_plain(_run_words(record, common)) for record in shown], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, 1.4 * top or 1)
-    _mark_card(axes, group, top, across=False)
+    axes.set_xlim(0, 1.6 * top or 1)
+    _mark_card(axes, shown, top, across=False)
     axes.set_xlabel("GiB allocated at the peak")
     axes.spines[["top", "right"]].set_visible(False)
-    _title(drawing, group, [], note)
+    more = [f"the first {len(shown)} of {len(group)} runs"] if len(group) > len(shown) else []
+    _title(drawing, shown, more, what=", ".join(common))
     names = order(list(seen))
     labels = [_plain(words(name)) for name in names]
     drawing.legend([seen[n] for n in names], labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     return drawing
 
 
-def _run_words(record: Record) -> str:
+def _setting_parts(record: Record) -> list[str]:
+    return setting_words(record).split(", ")
+
+
+def _run_words(record: Record, common: Sequence[str]) -> str:
+    """Kernels, sizes, and the settings that not all of its neighbours have, as far as they fit beside a bar."""
     config = record.answered
-    largest = ", the largest that fits" if record.frontier else ""
-    return f"{record.title}\n{config.batch_size:,} x {config.seq_length:,}{largest}"
+    sizes = f"{config.batch_size:,} x {config.seq_length:,}" + (", the largest that fits" if record.frontier else "")
+    own = [word for word in _setting_parts(record) if word not in common]
+    return f"{record.title}\n{textwrap.shorten(', '.join([sizes, *own]), _LONGEST_LABEL, placeholder=' …')}"
 
 
 def kernel_check(record: Record) -> Figure:
