@@ -112,7 +112,7 @@ def test_spread_between_runs_is_told(compare, tmp_path):
 
 
 def test_terminal_obeys_no_text_of_a_record():
-    bad = failed(ALL, 4, gpu=BAD, error={"type": "x", "message": BAD}, peak_breakdown={BAD: 1})
+    bad = made_up(ALL, 4, status="error", gpu=BAD, error={"type": "x", "message": BAD}, peak_breakdown={BAD: 1})
     text = comparison(bad, made_up(NONE, 4, model_name=BAD, peak_breakdown={"mlp": 1}), (BAD, "b"))
     assert "\\x1b[31m" in text
     assert "\x1b" not in text
