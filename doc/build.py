@@ -10,6 +10,11 @@ conclusions name the condition under which they hold: the build fails where one 
 Word, PowerPoint and PDF files are left alone where text and pictures are the same; remove one to have it made again.
 """
 
+from src import program
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C while they are read is one line
+    program.begin()
+
 import argparse
 import functools
 import hashlib
@@ -37,7 +42,7 @@ from doc.evidence import ROOT
 from src.check import curves
 from src.machine import H100
 from src.predict.frontier import GRANULARITY
-from src.study.figures import setting_words
+from src.study.answers import setting_words
 from src.utils import ExitStatus, UsageError, error_line, markdown_table, write_atomically
 
 DOC = ROOT / "doc"
@@ -220,8 +225,8 @@ def main() -> int:
             name, folder = arguments.table
             if name not in DOCUMENTS:
                 raise UsageError(f"no table {name!r}: choose from {', '.join(DOCUMENTS)}")
-            print(render(name, os.path.abspath(folder), f"python -m doc.build --table {name} {folder}"), end="")
-            return ExitStatus.DONE
+            print(render(name, os.path.abspath(folder), f"python -m doc.build --table {name} {folder}").rstrip())
+            return ExitStatus.FAILED if evidence.strange else ExitStatus.DONE
         os.chdir(ROOT)  # records name their folders relative to it
         if arguments.predictions:
             evidence.predict_all()
@@ -236,4 +241,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.guarded(main))

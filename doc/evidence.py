@@ -19,7 +19,7 @@ from src.explain.timeline import Timeline
 from src.families import SHAPES
 from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
 from src.offload_config import PRESETS, OffloadConfig
-from src.record import Record, load, load_all
+from src.record import Record, load, load_and_tell
 from src.study import answers
 from src.study.figures import predicted_and_measured
 from src.techniques import KERNEL_NAMES, STRATEGIES, kernels_only
@@ -36,8 +36,19 @@ OFFLOADED = (("none", 4), ("all", 4), ("none", 32), ("all", 32), ("all", 96))  #
 
 Pair = tuple[Record, Record]
 
-# Several documents are made of one folder.
-records_below = functools.cache(lambda place: tuple(load_all([place])))
+strange: set[Path] = set()  # folders in which there were files that are no records
+
+
+@functools.cache  # several documents are made of one folder
+def records_below(place: Path) -> tuple[Record, ...]:
+    """The records below a folder; a user's may have other files, which are skipped, the study's own may not."""
+    found, is_whole = load_and_tell([place])
+    if not is_whole and place.is_relative_to(DATA):
+        raise UsageError(f"{place} has files that are no records")
+    strange.update([] if is_whole else [place])
+    return tuple(found)
+
+
 _records_in = functools.cache(lambda place: tuple(map(load, sorted(place.glob("*.json")))))
 
 
@@ -248,7 +259,7 @@ def dry_run_of(run: Record) -> RunConfig:
     """The dry run that predicts a run; of one that ran out of memory, whether it fits the card that it ran on."""
     place = f"doc/data/{PREDICTIONS}"
     config = dataclasses.replace(run.run, dry_run=True, result_dir=place, snapshot_dir="", log_dir="")
-    if run.status == "ok":
+    if run.status == "ok" or run.environment.gpu_memory_bytes is None:
         return config
     return dataclasses.replace(config, gpu_memory_gib=run.environment.gpu_memory_bytes / GIB)
 

@@ -190,7 +190,7 @@ def kernels_alone(folder: Folder) -> Figure:
         axes.set_title(title, fontsize=10)
         axes.tick_params(axis="x", labelsize=8.5)
         _plain(axes, label)
-    drawing.suptitle(f"{figures.setting_words(runs[0])}, 8 x 1024 tokens", fontsize=9)
+    drawing.suptitle(f"{answers.setting_words(runs[0])}, 8 x 1024 tokens", fontsize=9)
     return drawing
 
 
@@ -220,7 +220,7 @@ def ladder() -> Figure:
     ):
         for place, (_, run) in enumerate(steps):
             if run is None or run.status != "ok":
-                axes.annotate(figures.absence(run), (0, place), (3, 0), textcoords="offset points", va="center")
+                axes.annotate(answers.absence(run), (0, place), (3, 0), textcoords="offset points", va="center")
                 continue
             width = value(run)[0]
             bar = axes.barh(place, width, 0.65, color=STYLES[run.run.title]["color"], **OUTLINE)

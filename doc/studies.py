@@ -15,8 +15,8 @@ from src.offload_config import PRESETS, OffloadConfig
 from src.record import Record
 from src.record.record import Environment
 from src.study import answers
-from src.study.answers import FIXED_BATCH, FIXED_LENGTH, GRID, Cell
-from src.study.figures import THREE, Axis, absence, comparison, setting_words
+from src.study.answers import FIXED_BATCH, FIXED_LENGTH, GRID, Cell, absence, setting_words
+from src.study.figures import THREE, Axis, comparison
 from src.techniques import STRATEGIES, TITLES
 from src.utils import GIB, UsageError
 
@@ -113,9 +113,9 @@ class Column:
         """
         ran = [(*cell, r.peak_memory_bytes, r.throughput_tokens_per_s) for cell in GRID if (r := self.ran(cell))]
         rows = pd.DataFrame(ran, columns=["kernels", "batch", "seq", "peak", "speed"])
-        wide = rows.pivot(index=["batch", "seq"], columns="kernels", values=["peak", "speed"])
-        wide = wide.reindex(dict.fromkeys(cell[1:] for cell in GRID))
-        peak, speed = (wide[name].reindex(columns=list(TITLES.values())) for name in ("peak", "speed"))
+        wide = (rows.pivot(index=["batch", "seq"], columns="kernels", values=name) for name in ("peak", "speed"))
+        sizes = pd.MultiIndex.from_tuples(dict.fromkeys(cell[1:] for cell in GRID), names=["batch", "seq"])
+        peak, speed = (own.reindex(index=sizes, columns=list(TITLES.values())).astype(float) for own in wide)
         saved = peak[NONE] - peak[ALL]
         found = {
             "peak": peak[NONE] / peak[ALL],
@@ -145,12 +145,8 @@ class Column:
         own = [self.cells[cell] for cell in GRID if cell in self.cells]
         inferred, failed = sum(r.mode == "inferred" for r in own), sum(r.status == "error" for r in own)
         never_met = sum(map(answers.ran_under_a_limit, own))
-        return {
-            "measured": len(own) - inferred - failed,
-            "never_met": never_met,
-            "inferred": inferred,
-            "failed": failed,
-        }
+        measured = len(own) - inferred - failed
+        return {"measured": measured, "never_met": never_met, "inferred": inferred, "failed": failed}
 
     @property
     def pictures(self) -> list[str]:
@@ -285,7 +281,7 @@ def excess(record: Record, budget: int) -> str | None:
     if record.status == "ok":
         return None if used is None or fits(record, budget) else f"took {used / GIB:,.2f} GiB"
     had = record.environment.gpu_memory_bytes if limit is None else limit * GIB + H100.context_bytes
-    if record.status == "oom" and had >= budget:
+    if record.status == "oom" and had is not None and had >= budget:
         return "OOM*" if record.mode == "inferred" else "OOM"
     return None
 

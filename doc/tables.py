@@ -14,12 +14,12 @@ from doc.studies import GRID, LINES, NOT_MEASURED, Column
 from src.explain.categories import CATEGORIES
 from src.record import Record
 from src.study import answers
-from src.study.figures import absence
+from src.study.answers import MANY_TOKENS, absence
 from src.techniques import TITLES
 from src.utils import GIB, MIB, markdown_table
 
-MANY_TOKENS = 16 * 1024  # a step of so many is bound by the GPU
 CELL = ["kernels", "model", "settings", "checkpointing", "batch x seq", "GPU"]
+REPEATS = "repeats, ms a step"
 OFFLOAD_CELL = ["preset, and what differs from it", "kernels", "batch x seq", "GPU"]
 
 
@@ -56,10 +56,11 @@ def speed(record: Record | None, absent: str = NOT_MEASURED) -> str:
 
 def step(record: Record | None, digits: int | None = None) -> str:
     """Milliseconds a step, the median and half of the interquartile range; under offload in whole ones."""
-    if record is None or record.status != "ok":
+    if record is None or record.status != "ok" or record.latency_s is None:
         return figure(record, "latency_s", 1e-3, "")
     digits = digits if digits is not None else 0 if record.script == "deepspeed" else 1
-    return f"{record.latency_s * 1e3:,.{digits}f} ± {record.latency_iqr_s * 1e3 / 2:,.{digits}f}"
+    spread = "" if record.latency_iqr_s is None else f" ± {record.latency_iqr_s * 1e3 / 2:,.{digits}f}"
+    return f"{record.latency_s * 1e3:,.{digits}f}{spread}"
 
 
 # How a document writes a number: `{{ bytes | gib }}`.
@@ -97,9 +98,8 @@ def _cell(record: Record) -> list[str]:
     model = config.model_name.removeprefix("meta-llama/").removesuffix("-Instruct")
     settings = [config.dtype, *([] if config.optimizer == "adamw_fused" else [config.optimizer])]
     settings += [] if config.memory_limit_gib is None else [f"limit {config.memory_limit_gib:g} GiB"]
-    settings += (
-        [] if config.gradient_accumulation_steps == 1 else [f"{config.gradient_accumulation_steps} micro-batches"]
-    )
+    micro_batches = config.gradient_accumulation_steps
+    settings += [] if micro_batches == 1 else [f"{micro_batches} micro-batches"]
     checkpointing = "yes" if config.gradient_checkpointing else "no"
     return [record.title, model, ", ".join(settings), checkpointing, size(record), answers.gpu_name(record)]
 
@@ -125,11 +125,11 @@ def machine_list(runs: Sequence[Record]) -> str:
 
 def measured(runs: Sequence[Record]) -> str:
     """Peak, time, throughput and MFU of each run."""
-    rows = [
-        [*_cell(r), peak(r), *([step(r, 1), speed(r), figure(r, "mfu", 1, "{:.1%}")] if r.status == "ok" else [""] * 3)]
-        for r in runs
-    ]
-    return markdown_table([*CELL, "peak GiB", "ms a step (median ± IQR/2)", "tokens/s", "MFU"], rows)
+    rows, times = [], answers.step_times(runs)
+    for run in runs:
+        figures = [step(run, 1), speed(run), figure(run, "mfu", 1, "{:.1%}"), answers.repeats(run, times)]
+        rows.append([*_cell(run), peak(run), *(figures if run.status == "ok" else [""] * 4)])
+    return markdown_table([*CELL, "peak GiB", "ms a step (median ± IQR/2)", "tokens/s", "MFU", REPEATS], rows)
 
 
 def predicted(pairs: Sequence[Pair]) -> str:
@@ -148,15 +148,16 @@ def predicted(pairs: Sequence[Pair]) -> str:
 
 def offload(runs: Sequence[Record]) -> str:
     """Peak and speed of each offloaded run, what bounds it, and the host memory it took."""
-    rows = []
+    rows, spread = [], answers.step_times(runs)
     for run in runs:
-        figures = [""] * 5
+        figures = [""] * 6
         if run.status == "ok":
             times = "" if run.floor_s is None else f"{run.latency_s / run.floor_s:.1f}"
             floor = figure(run, "floor_s", 1e-3, "{:,.0f}")
             figures = [step(run), speed(run), floor, times, figure(run, "host_peak_bytes", GIB, "{:,.1f}")]
+            figures.append(answers.repeats(run, spread))
         rows.append([*_offload_cell(run), peak(run), *figures])
-    speeds = ["ms a step (median ± IQR/2)", "tokens/s", "floor ms", "times the floor", "host GiB"]
+    speeds = ["ms a step (median ± IQR/2)", "tokens/s", "floor ms", "times the floor", "host GiB", REPEATS]
     return markdown_table([*OFFLOAD_CELL, "peak GiB", *speeds], rows)
 
 
@@ -183,12 +184,8 @@ def _scaling_row(own: dict[int, Record], counts: Sequence[int]) -> list[str]:
     rates = {n: run.throughput_tokens_per_s for n, run in own.items() if run.status == "ok"}
     efficiencies = [f"{rates[n] / (n * rates[1]):.0%}" if {1, n} <= rates.keys() else "" for n in counts[1:]]
     peaks = [peak(own.get(n), absent="") for n in counts]
-    return [
-        *_offload_cell(own[min(own)], "world_size"),
-        *peaks,
-        *(f"{rates[n]:,.0f}" if n in rates else "" for n in counts),
-        *efficiencies,
-    ]
+    speeds = [f"{rates[n]:,.0f}" if n in rates else "" for n in counts]
+    return [*_offload_cell(own[min(own)], "world_size"), *peaks, *speeds, *efficiencies]
 
 
 def levers(runs: Sequence[Record]) -> str:
@@ -208,15 +205,10 @@ def peak_changes(none: Record, every: Record) -> str:
     parts = parts.reindex(CATEGORIES).loc[lambda p: (p != 0).any(axis=1)]
     parts = parts.assign(change=parts["all"] - parts["none"]).sort_values("change", kind="stable")
     parts.loc["peak"] = parts.sum()
-    rows = [
-        [
-            name.replace("_", " "),
-            f"{row['none'] / MIB:,.1f}",
-            f"{row['all'] / MIB:,.1f}",
-            f"{row['change'] / MIB:+,.1f}",
-        ]
-        for name, row in parts.iterrows()
-    ]
+    rows = []
+    for name, row in parts.iterrows():
+        numbers = [f"{row['none'] / MIB:,.1f}", f"{row['all'] / MIB:,.1f}", f"{row['change'] / MIB:+,.1f}"]
+        rows.append([name.replace("_", " "), *numbers])
     return markdown_table(["at the peak", *(f"{r.run.title}, MiB" for r in (none, every)), "difference"], rows)
 
 
@@ -330,7 +322,8 @@ def machines(runs: Sequence[Record]) -> str:
     names = ["gpu_memory_bytes", "cpu", "cpu_count", "driver", "cuda", "python"]
     names += ["torch", "triton", "transformers", "liger_kernel", "deepspeed"]
     found = pd.DataFrame([run.environment.model_dump(include={"gpu", *names}) for run in runs], dtype=object)
-    found["gpu_memory_bytes"] = [f"{count / GIB:,.1f} GiB" for count in found["gpu_memory_bytes"]]
+    sizes = found["gpu_memory_bytes"]
+    found["gpu_memory_bytes"] = [None if count is None else f"{count / GIB:,.1f} GiB" for count in sizes]
     told = found.groupby("gpu").agg(
         lambda column: ", ".join(map(str, sorted(column.dropna().unique()))) or "not recorded"
     )

@@ -6,7 +6,6 @@ imports torch: naming and planning runs stays instant.
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from urllib.parse import quote
 
 from src.families import full_size
 from src.techniques import KERNEL_NAMES, TECHNIQUES, Technique, title
-from src.utils import UsageError
+from src.utils import UsageError, file_name
 
 DTYPES = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cuda", "cpu")
@@ -168,9 +167,7 @@ class RunConfig(Techniques):
     @property
     def run_name(self) -> str:
         """The original's name, then every setting that differs from the study's: different runs, different names."""
-        name = self._original_name() + self.settings_name
-        # File systems take names of 255 bytes, and a suffix follows.
-        return name if len(name) < 200 else f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+        return file_name(self._original_name() + self.settings_name)
 
     @property
     def settings_name(self) -> str:

@@ -3,14 +3,11 @@
 import atexit
 import enum
 import gc
+import hashlib
 import os
-import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-
-import tabulate
 
 MIB = 2**20
 GIB = 2**30
@@ -42,8 +39,20 @@ def print_rank0(*args: object, sep: str = " ") -> None:
 
 
 def error_line(message: object) -> None:
-    """One line on stderr, however many the message has."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+    """One line on stderr, however many the message has, and without what a terminal would obey."""
+    print("error:", printable(" ".join(str(message).split())), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` from a file as a terminal or a table may get it: line ends and escape sequences spelled out."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def file_name(text: str) -> str:
+    """`text`, cut where no file could have it as its name: file systems take 255 bytes, and other parts follow."""
+    return text if len(text) < 200 else f"{text[:180]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def first_line(error: BaseException) -> str:
@@ -76,12 +85,19 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """First quartile, median and third quartile (linear interpolation); of one value, three times that value."""
     if len(values) == 1:
         return (values[0],) * 3
+    import statistics  # here, as tempfile below: while this file is read, Ctrl-C is no single line yet
+
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, median, third
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then move it into place: readers see all of it or nothing."""
+    """Let `write` fill a temporary file beside `path`, then move it into place: readers see all of it or nothing.
+
+    Raises OSError that names `path`, as of a full disk.
+    """
+    import tempfile
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:60]}.", suffix=path.suffix)
     os.close(handle)
@@ -90,6 +106,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -102,6 +121,8 @@ def _umask() -> int:
 
 def check_writable(folder: Path) -> None:
     """Make `folder` and a file in it, so that a run does not find out at its end. Raises OSError."""
+    import tempfile
+
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
@@ -122,12 +143,14 @@ def aligned_table(rows: Iterable[Sequence[str]], align: str = "") -> str:
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
     """A Markdown table, its columns aligned as in `aligned_table`."""
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    lines = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     return _table(lines, align, header=True, form="pipe")
 
 
 def _table(rows: Iterable[Sequence[str]], align: str, *, header: bool, form: str) -> str:
-    table = [list(row) for row in rows]
+    import tabulate  # takes as long as all else here
+
+    table = [[printable(cell) for cell in row] for row in rows]
     letters = align or "l" + "r" * (len(table[0]) - 1)
     text = tabulate.tabulate(
         table[1:] if header else table,

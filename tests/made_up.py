@@ -1,5 +1,7 @@
 """Records made up for tests of what reads them."""
 
+from hypothesis import strategies as st
+
 from src.config import RunConfig
 from src.record import Record
 from src.study.answers import GRID
@@ -64,3 +66,30 @@ def predicted(*cell, **fields):
 def grids(names=(NONE, NO_FLCE, ALL), without=(), **settings):
     """Both of the original's grids, but for some cells."""
     return [made_up(*cell, **settings) for cell in GRID if cell.strategy in names and cell not in without]
+
+
+BAD = "=1+1|\x1b[31m\n$\\frac$"  # of which a spreadsheet, a table, a terminal or matplotlib would make something
+
+_SOME = st.none() | st.integers(-1, 2**40) | st.floats() | st.text(max_size=4) | st.lists(st.floats(0, 9), max_size=2)
+_VALUES = {
+    "status": st.sampled_from(["ok", "oom", "error"]),
+    "mode": st.sampled_from(["measured", "predicted", "interpreted", "inferred"]),
+    "error": st.none() | st.just({"type": "x", "message": BAD}),
+    "peak_breakdown": st.none() | st.dictionaries(st.sampled_from(["mlp", "norm", BAD]), st.integers(0, 2**62)),
+    "frontier": st.none()
+    | st.builds(dict, searched=st.just("batch_size"), limit_bytes=st.just(1), predicted=st.integers(0, 2**20)),
+    "environment": st.builds(dict, gpu=st.none() | st.text(max_size=9), date=st.text(max_size=3)),
+}
+_OFTEN = ("status", "mode", "latency_iqr_s", "step_seconds", "peak_memory_bytes", "frontier", "simulated_gpu")
+
+
+@st.composite
+def anything(draw, count=4):
+    """The contents of `count` files, of which many are records: each is one in which some fields have any value."""
+    found, right = [], made_up(NONE, 1, peak_breakdown={"mlp": GIB}).model_dump(by_alias=True)
+    for i in range(count):
+        names = draw(st.lists(st.sampled_from([*_OFTEN, "environment", *sorted(right)]), max_size=4, unique=True))
+        own = {name: draw(_VALUES.get(name, _SOME)) for name in names if name not in ("schema", "script")}
+        settings = {"batch_size": 1 + i // 2, "flce": bool(i % 2), "dry_run": own.get("mode") == "predicted"}
+        found.append(right | {"config": right["config"] | settings} | own)
+    return found

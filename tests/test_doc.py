@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import re
 
 import pandas as pd
@@ -10,12 +11,16 @@ import torch
 
 from doc import build, evidence, studies, tables
 from doc.evidence import DATA, ROOT, Folder, Shape
+from src.config import RunConfig
 from src.machine import H100
 from src.model_utils import load_model_config
 from src.offload.host_memory import host_bytes_needed
 from src.offload_config import PRESETS, OffloadConfig
+from src.record import save
 from src.study import answers
+from src.study.answers import MANY_TOKENS, REPEATS
 from src.utils import GIB, UsageError
+from tests.helpers import assert_one_error_line
 from tests.made_up import ALL, NO_FLCE, NONE, failed, inferred, made_up, out_of_memory, predicted
 
 ORIGINAL = {"config": OffloadConfig, "gpu": H100.name, **PRESETS["original"]}
@@ -47,6 +52,38 @@ def test_another_text_makes_its_documents_stale(monkeypatch):
     render = build.render
     monkeypatch.setattr(build, "render", lambda name: render(name) + ("one more" if name in ("slides", "peak") else ""))
     assert build.stale() == ["peak.md", "group_10_liger_kernel.pptx"]
+
+
+def test_spread_between_runs_that_compare_tells_is_that_of_the_records():
+    found = studies.repeats()
+    steps = found[found["tokens"] < MANY_TOKENS]["step"]
+    assert (round(steps.min(), 2), round(steps.max(), 2)) == REPEATS
+
+
+def test_tables_of_a_users_records_whatever_became_of_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evidence, "strange", set())
+    kinds = {
+        "failed": lambda **own: [failed(ALL, 4, **own)],
+        "nameless": lambda **own: [failed(ALL, 4, gpu=None, **own)],
+        "full": lambda **own: [out_of_memory(name, 4, **own) for name in (NONE, ALL)],
+        "one step": lambda **own: [made_up(n, 4, seconds=[0.5], latency_iqr_s=None, **own) for n in (NONE, ALL)],
+        "untimed": lambda **own: [
+            made_up(ALL, 4, latency_s=None, step_seconds=None, throughput_tokens_per_s=None, **own)
+        ],
+    }
+    scripts = {"measured": RunConfig, "offload": OffloadConfig, "original": OffloadConfig, "levers": OffloadConfig}
+    scripts |= {"best": RunConfig, "scaling": OffloadConfig, "parity": RunConfig, "report": RunConfig}
+    for (kind, make), (name, config) in itertools.product(kinds.items(), scripts.items()):
+        folder = tmp_path / f"{kind} {name}"
+        for one in make(config=config):
+            save(one, folder / f"{one.run_name}.json", str)
+        assert build.render(name, str(folder))
+    assert "| 500.0 |" in re.sub(r" +", " ", build.render("measured", str(tmp_path / "one step measured")))
+    (tmp_path / "full best" / "x.json").write_text("{}")
+    (tmp_path / "full best").rename(tmp_path / "again")  # what was read is not read again
+    build.render("best", str(tmp_path / "again"))
+    assert_one_error_line(capsys.readouterr().err, f"skipped: {tmp_path / 'again' / 'x.json'} is not a record")
+    assert evidence.strange == {tmp_path / "again"}
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)

@@ -4,23 +4,29 @@ import csv
 import dataclasses
 import io
 import itertools
+import json
+import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
 from matplotlib.colors import to_rgb
 from matplotlib.container import ErrorbarContainer
-from matplotlib.figure import Figure
 from PIL import Image
 
 import drawing
 from src.config import RunConfig
+from src.machine import H100
 from src.offload_config import PRESETS, OffloadConfig
-from src.record import Failure, Frontier, load_all, save
+from src.record import Failure, Frontier, KernelCheck, load_all, save
 from src.record.recorder import new_record
 from src.study import answers, figures, tables
 from src.techniques import STRATEGIES, TITLES, kernels_only
-from src.utils import GIB, quartiles
+from src.utils import GIB, error_line, quartiles
 from tests.helpers import assert_one_error_line
+from tests.made_up import BAD, anything
 
 NONE, NO_FLCE, ALL = TITLES.values()
 GPU = "NVIDIA Imaginary 1000"
@@ -114,13 +120,13 @@ def marks(axes, strategies):
         ([(1, 1024), (8, 1024)], BATCH_FIGURES),
         ([(1, 256), (8, 256)], BATCH_FIGURES),  # another length, where there is none of the original's
         ([(4, 512), (4, 2048)], LENGTH_FIGURES),
-        ([(8, 512), (8, 2048)], []),  # the original's lengths are at batch 4
-        ([(8, 1024)], []),
+        ([(8, 512), (8, 2048)], ["peaks.png"]),  # the original's lengths are at batch 4
+        ([(8, 1024)], ["peaks.png"]),
     ],
 )
 def test_only_figures_whose_cells_are_there(cells, names):
     assert list(drawn([record(name, *cell) for name in (NONE, ALL) for cell in cells])) == names
-    assert drawn([record(NONE, *cell) for cell in cells]) == {}  # one strategy alone is not compared
+    assert list(drawn([record(NONE, *cell) for cell in cells])) == ["peaks.png"]  # nothing to compare it with
 
 
 @pytest.mark.parametrize("file", [*BATCH_FIGURES[:2], LENGTH_FIGURES[1]])
@@ -157,6 +163,7 @@ def test_latency_is_the_median_in_milliseconds_with_its_quartiles():
 def test_what_has_no_bar_says_why():
     found = [record(NONE, 1), record(ALL, 1), record(NO_FLCE, 1)]
     found += [record(name, 2, absent=absent) for name, absent in zip((NONE, NO_FLCE, ALL), ABSENT)]
+    found[-1].peak_memory_bytes = GIB  # until it failed
     found += [record(NONE, 4)]
     figure = drawn(found)["comparison_3_strategies.png"]
     expected = dict(zip(itertools.product((NONE, NO_FLCE, ALL), ["2"]), ABSENT))
@@ -192,7 +199,7 @@ def test_other_settings_have_files_of_their_own_with_two_strategies_only_if_not_
     suffix = "_deepspeed_fast_NVIDIA_Imaginary_1000"
     ours = {f"comparison_3_strategies{suffix}.png", f"latency{suffix}.png"}
     others = {name.replace(".png", "_all_gpu_fp32_NVIDIA_X.png") for name in BATCH_FIGURES[1:]}
-    assert set(list(named)[5:]) == ours | others
+    assert set(list(named)[5:]) == ours | others | {"peaks.png"}
     figure = named[f"comparison_3_strategies{suffix}.png"]
     assert "ZeRO-3 offload, preset fast" in title_of(figure)
 
@@ -232,8 +239,87 @@ def test_predictions_stand_beside_the_runs_they_are_of():
     errors = [y for line in figure.axes[1].lines[:4] for y in line.get_ydata()]
     assert sorted(errors) == pytest.approx([-25, 50])
     assert title_of(figure) == f"2 peaks of Llama-3.2-1B-Instruct; measured: {GPU}"
-    assert drawn([record(ALL, 1), *wrong]).keys() == {"predicted_vs_measured.png"}
-    assert drawn([record(ALL, 1), predicted(ALL, 2)]) == {}
+    assert "predicted_vs_measured.png" in drawn([record(ALL, 1), *wrong])
+    assert list(drawn([record(ALL, 1), predicted(ALL, 2)])) == ["peaks.png", "predicted_peaks.png"]
+
+
+def test_predictions_have_pictures_of_their_own_that_say_so():
+    sizes = (1, 4, 8)
+    found = [predicted(name, size, peak_memory_bytes=30 * size * GIB) for name in TITLES.values() for size in sizes]
+    found[0] = record(NONE, 1, absent="OOM*", dry_run=True, gpu=None)  # which does not name the card
+    found = [r.model_copy(update={"simulated_gpu": r.simulated_gpu and H100.name}) for r in found]
+    named = drawn(found)
+    assert list(named) == ["predicted_comparison_3_strategies.png"]
+    (figure,) = named.values()
+    (axes,) = figure.axes  # no throughput: nothing was timed
+    assert title_of(figure).startswith("predicted, not measured: ")
+    heights = bars(figure, axes)
+    assert heights[ALL, "8"] == 240
+    assert marks(axes, (NONE, NO_FLCE, ALL)) == {(NONE, "1"): "OOM*"}
+    (room,) = {y for line in axes.lines for y in line.get_ydata()}  # what does not fit the card is told
+    assert room == (H100.memory_bytes - H100.context_bytes) / GIB
+    both = drawn([*study(), *found])
+    assert set(both) == {*drawn(study()), *named, "predicted_vs_measured.png"}
+    for name in BATCH_FIGURES[:2]:
+        alone = drawn(study())[name]
+        assert bars(both[name], both[name].axes[1]) == bars(alone, alone.axes[1])
+
+
+def test_peaks_of_a_few_runs_are_what_they_are_made_of():
+    parts = {"parameters": GIB // 2, "logits_and_loss": GIB, "gradients": 0}
+    few = [record(NONE, 8, peak_memory_bytes=3 * GIB // 2, peak_breakdown=parts), record(ALL, 8, peak_memory_bytes=GIB)]
+    (figure,) = drawn([*few, record(NO_FLCE, 8, absent="OOM")]).values()
+    (axes,) = figure.axes
+    widths = [(patch.get_y() + 0.3, patch.get_width()) for patch in axes.patches]
+    assert widths == [(0, 0.5), (0, 0), (0, 1), (1, 1)]
+    assert [label.get_text().split("\n") for label in axes.get_yticklabels()] == [
+        [NONE, "8 x 1,024"],
+        [ALL, "8 x 1,024"],
+    ]
+    assert [text.get_text() for text in axes.texts] == ["1.50 GiB, 13,107 tokens/s", "1.00 GiB, 13,107 tokens/s"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["not taken apart", "parameters", "logits and loss"]
+    found = predicted(ALL, 8, find_max="batch_size", frontier=FRONTIER)
+    (name, figure), *_ = drawn([found]).items()
+    assert name == "predicted_peaks.png"
+    assert figure.axes[0].get_yticklabels()[0].get_text() == f"{ALL}\n17 x 1,024, the largest that fits"
+
+
+def test_single_runs_of_several_settings_stand_in_one_picture():
+    found = [record(ALL, 8), record(ALL, 8, dtype="fp32", seed=7), record(ALL, 8, gpu="NVIDIA Other")]
+    named = drawn(found)
+    assert list(named) == ["peaks.png", "peaks_NVIDIA_Other.png"]
+    labels = [label.get_text() for label in named["peaks.png"].axes[0].get_yticklabels()]
+    assert labels == [f"{ALL}\n8 x 1,024, bf16", f"{ALL}\n8 x 1,024, fp32, seed 7"]
+    assert title_of(named["peaks.png"]) == f"Llama-3.2-1B-Instruct, gradient checkpointing, {GPU}"
+
+
+def test_kernels_checked_without_a_gpu_are_drawn():
+    checks = [((), 0.0, 4, True), (("rope",), 0.0, 4, True), (("flce",), 2e-7, 2, False)]
+    rows = [
+        KernelCheck(kernels=list(names), implementations={}, losses=[8.0], loss_difference=0.0, gradient_difference=g,
+                    peak_memory_bytes=peak * 2**20, agrees=agrees)
+        for names, g, peak, agrees in checks
+    ]  # fmt: skip
+    one = record(ALL, 2, mode="interpreted", kernel_check=rows, peak_memory_bytes=2**21)
+    ((name, figure),) = drawn([one]).items()
+    assert name == "kernel_check.png"
+    memory, gradients = figure.axes
+    assert [patch.get_width() for patch in memory.patches] == [4, 4, 2]
+    assert [text.get_text() for text in gradients.texts] == ["", "0", "2.0e-07"]
+    names = [label.get_text() for label in memory.get_yticklabels()]
+    assert names == ["none (Hugging Face)", "rope", "flce DIFFERS"]
+
+
+def test_spread_between_runs_is_told_beside_the_one_that_is_shown():
+    first, again = (record(ALL, 1, date=f"2026-0{i}-01", seconds=[0.1 * i]) for i in (1, 2))
+    limited = record(ALL, 1, seconds=[0.4], memory_limit_gib=24.0, allocation_retries=0)
+    other = record(ALL, 1, seconds=[0.8], gpu="NVIDIA Other")
+    found = [record(NONE, 1), record(NONE, 2), again, first, limited, other, first.model_copy()]
+    table = [row for row in tables.runs_table(found)[1:] if row[0] == ALL]
+    assert {row[-1] for row in table} == {"", "3 runs: 100.0 to 400.0"}
+    assert [row[-1] for row in table if "Other" in row[3]] == [""]
+    title = title_of(drawn(found)["comparison_2_strategies.png"])
+    assert "1 of 3 cells were run again: -50% to +100% time a step" in title
 
 
 SETTINGS = f"Llama-3.2-1B-Instruct, bf16, gradient checkpointing, {GPU}"
@@ -263,12 +349,13 @@ HEADER = [
     "tokens/s",
     "MFU",
     "parity",
+    "repeats, ms a step",
 ]
 
 
 def test_tables_have_a_sorted_row_for_each_record_and_read_back_as_they_were():
     for row, of in ROWS.items():
-        assert tables.runs_table([of]) == [HEADER, [*row.split(";"), ""]]
+        assert tables.runs_table([of]) == [HEADER, [*row.split(";"), "", ""]]
     found = list(ROWS.values())
     table = tables.runs_table(found)
     assert tables.runs_table(found[::-1]) == table
@@ -304,10 +391,14 @@ LENGTHS = [record(name, 4, length) for name in (NONE, ALL) for length in (512, 2
 
 
 def test_pictures_of_ones_own_records_else_of_the_study(draw, tmp_path):
-    keep(tmp_path / "study", *LENGTHS)
-    status, stdout, stderr = draw()
-    assert (status, stderr) == (0, "")
-    assert stdout.splitlines() == ["No records in results/: these are the study's own.", *LENGTH_FIGURES]
+    other = [record(name, 4, length, dtype="fp32") for name in (NONE, ALL) for length in (512, 2048)]
+    keep(tmp_path / "study", *LENGTHS, *other)
+    status, stdout, stderr = draw("--out", "pictures")
+    assert status == 0
+    assert stderr == "No records in results/: some of the study's own instead; name ../study for all.\n"
+    written = sorted([f"pictures/{name}" for name in LENGTH_FIGURES] + LENGTH_FIGURES)
+    assert sorted(stdout.splitlines()) == written  # and not of every setting that the study has
+    assert sorted(str(path) for path in Path().rglob("*.png")) == written
     with Image.open(LENGTH_FIGURES[0]) as picture:
         assert picture.format == "PNG"
         assert picture.size == (1800, 720)
@@ -315,26 +406,77 @@ def test_pictures_of_ones_own_records_else_of_the_study(draw, tmp_path):
     assert stdout == tables.FORMATS["markdown"](tables.runs_table(load_all([tmp_path / "study"]))) + "\n"
     assert (status, "No records in results/" in stderr) == (0, True)
     keep(tmp_path / "here" / "results", record(NONE, 4))
+    assert draw() == (0, "figures/peaks.png\n", "")
     status, stdout, _ = draw("--table", "csv")
     assert (status, stdout.count("\n"), stdout.splitlines()[1].startswith("No Liger Kernel,4,1024")) == (0, 2, True)
 
 
-def test_what_cannot_be_drawn_is_one_line_and_its_status(draw, monkeypatch, tmp_path):
+def test_file_that_is_no_record_is_told_and_the_others_are_drawn(draw, tmp_path):
     keep(tmp_path / "fine", *LENGTHS)
     for name, content in (("empty", ""), ("list", "[]"), ("schema", '{"schema": 99}'), ("bytes", "\x80")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.json").write_text(content)
         status, stdout, stderr = draw(tmp_path / "fine", tmp_path / name)
-        assert (status, stdout) == (2, "")
-        assert_one_error_line(stderr, f"{tmp_path / name / 'x.json'} is not a record: ")
+        assert (status, len(stdout.splitlines())) == (1, 4)
+        assert_one_error_line(stderr, f"skipped: {tmp_path / name / 'x.json'} is not a record: ")
+        status, stdout, _ = draw(tmp_path / "fine", tmp_path / name, "--table=csv")
+        assert (status, len(stdout.splitlines())) == (1, 5)
+    os.mkfifo(tmp_path / "list" / "pipe.json")  # nobody writes into it
+    assert "pipe.json is not a record: it is no regular file" in draw(tmp_path / "list")[2]
+
+
+def test_what_cannot_be_drawn_is_one_line_and_its_status(draw, monkeypatch, tmp_path):
     status, _, stderr = draw(tmp_path / "nowhere")
     assert status == 2
     assert_one_error_line(stderr, f"no records below {tmp_path / 'nowhere'}")
+    keep(
+        tmp_path / "none", record(NONE, 4, absent="OOM"), record(ALL, 4, absent="failed"), record(ALL, 1, absent="OOM")
+    )
+    status, _, stderr = draw(tmp_path / "none")
+    assert status == 2
+    assert_one_error_line(stderr, "nothing to draw: no peak and no kernel check in 2 OOM, 1 failed; --table markdown")
+    keep(tmp_path / "fine", *LENGTHS)
 
-    def full_disk(self, name, dpi):
-        raise OSError(28, "No space left on device", name)
+    def full_disk(self, data):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Figure, "savefig", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     status, _, stderr = draw(tmp_path / "fine")
     assert status == 1
-    assert_one_error_line(stderr, "No space left on device")
+    assert_one_error_line(stderr, "No space left on device: 'figures/comparison_fixed")
+    assert not list(Path().rglob("*.png"))
+
+
+# Whatever a file says
+
+
+def test_texts_from_files_are_escaped_for_where_they_go(tmp_path, capsys):
+    found = [record(ALL, 1, gpu=BAD), record(ALL, 1, model_name="=HYPERLINK()")]
+    table = tables.runs_table(found)
+    lines = tables.FORMATS["markdown"](table).splitlines()
+    assert len(lines) == 4
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(HEADER) + 1}
+    for text in map(tables.FORMATS.get, ("csv", "markdown")):
+        assert "\x1b" not in text(table)
+    cells = [cell for row in csv.reader(io.StringIO(tables.FORMATS["csv"](table))) for cell in row]
+    assert [cell for cell in cells if cell[:1] in ("=", "+", "-", "@")] == []
+    assert "'=HYPERLINK() bf16" in " ".join(cells)
+    assert tables.to_csv([["-1.5", "+3", "1,000", "-x", "@y", "-5%"]]) == "-1.5,+3,1000,'-x,'@y,-5%"
+    next(iter(drawn(found).values())).savefig(tmp_path / "x.png")
+    error_line(BAD)
+    assert capsys.readouterr().err == "error: =1+1|\\x1b[31m $\\frac$\n"
+
+
+@settings(max_examples=25)
+@given(written=anything())
+def test_tables_and_figures_take_whatever_is_a_record(written, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any")
+    for i, values in enumerate(written):
+        (folder / f"{i}.json").write_text(json.dumps(values))
+    found = load_all([folder], lambda error: None)
+    if found:
+        for form in tables.FORMATS.values():
+            assert form(tables.runs_table(found))
+    for name, figure in figures.all_figures(found):
+        assert len(name) < 255
+        figure.savefig(io.BytesIO(), dpi=20, format="png")

@@ -13,19 +13,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from src.experiment import OutOfMemory
+from src.explain.plot import figure
+from src.explain.reading import read_all
 from src.measure import Measurement, PhasePeaks
-from src.offload_config import OffloadConfig
-from src.record import SCHEMA, Failure, load, load_all, record
+from src.offload_config import PRESETS, OffloadConfig
+from src.record import SCHEMA, Failure, Frontier, KernelCheck, load, load_all, record
+from src.record.record import HEADLINES
 from src.record.recorder import Alone, Recorder, new_record
-from src.record.report import files_written, report, summary
+from src.record.report import files_written, last_comparable, report, summary
 from src.record.tensorboard import write_tensorboard
-from src.utils import MIB, UsageError, write_atomically
+from src.utils import GIB, MIB, UsageError, write_atomically
 from tests.helpers import ROOT, tiny_config
 
 H100 = "NVIDIA H100 80GB HBM3"
 COMMITTED = sorted(ROOT.glob("doc/data/h100_single_gpu/*.json"))[0]
+COMMITTED_SNAPSHOT = sorted(ROOT.glob("doc/data/snapshots/bs8_seq1024_rope*.pickle.gz"))[0]
 PHASES = PhasePeaks({"forward": 1, "backward": 3, "optimizer": 2}, 1.5)
 
 
@@ -346,7 +351,7 @@ def test_folder_that_cannot_be_written_is_a_usage_error_before_the_block(tmp_pat
 
 
 def test_full_disk_costs_the_file_and_not_the_figures(config, monkeypatch, capsys):
-    def full(self, text):
+    def full(self, text, **how):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     recorder = recorder_of(config)
@@ -381,13 +386,65 @@ def test_report_has_the_figures_of_a_measured_run_and_names_its_files(config):
     assert rows(one.model_copy(update={"floor_s": 0.4}))["Floor"] == "400.00 ms the step takes 1.25 times as long"
     text = report(one)
     assert text.splitlines()[:2] == [
-        f"tiny-llama, batch 2 x 16 tokens, fp32, on {H100}",
+        f"Measured on {H100}: tiny-llama, batch 2 x 16 tokens, fp32",
         "Liger kernels: none; gradient checkpointing on",
     ]
     assert text.endswith(summary(one))
-    assert "predicted for Card" in report(one.model_copy(update={"simulated_gpu": "Card"}))
-    record.save(one, config.record_file, summary)
-    assert files_written(config) == f"record   {config.record_file}"
+    prediction = one.model_copy(update={"mode": "predicted", "simulated_gpu": "Card"})
+    assert report(prediction).startswith("Predicted for Card, not measured: tiny-llama")
+    building = rows(one.model_copy(update={"load_peak_bytes": 4 * MIB}))["Peak while building"]
+    assert building == "4.0 MiB more than in any step"
+    record.save(one, config.record_file, report)
+    assert files_written(config).splitlines() == [
+        f"record   {config.record_file}",
+        f"compare  python -m src.study compare OTHER.json {config.record_file}",
+    ]
+
+
+def test_last_run_that_differs_in_techniques_alone_is_named_to_compare_with(config):
+    def keep(age_s, mode="measured", gpu=H100, status="ok", **settings):
+        own = dataclasses.replace(config, **settings)
+        one = new_record(own, mode, {"gpu": gpu}, status=status)
+        record.save(one, own.record_file, summary)
+        os.utime(own.record_file, (1e9 - age_s, 1e9 - age_s))
+        return own.record_file
+
+    keep(9)
+    older, last = keep(8, rope=True), keep(7, flce=True)
+    others = [{"seq_length": 17}, {"iterations": 3}, {"dry_run": True, "mode": "predicted", "rope": True}]
+    others += [{"swiglu": True, "gpu": "NVIDIA X"}, {"rms_norm": True, "status": "oom"}]
+    for age_s, own in enumerate(others):
+        keep(age_s, **own)
+    config.record_file.with_name(config.record_file.name.replace("flceFalse", "x")).write_text("{")
+    line = files_written(config).splitlines()[-1]
+    assert line == f"compare  python -m src.study compare {last} {config.record_file}"
+    last.unlink()
+    assert last_comparable(config.record_file) == older
+
+
+def test_text_has_what_was_searched_and_what_was_checked(config):
+    search = new_record(
+        dataclasses.replace(config, find_max="batch_size", dry_run=True), "predicted", {"gpu": None}, status="ok",
+        simulated_gpu="Card", peak_memory_bytes=MIB,
+        frontier=Frontier(searched="batch_size", limit_bytes=5 * MIB, predicted=7, measured=6),
+    )  # fmt: skip
+    lines = report(search).splitlines()
+    assert lines[0] == "Predicted for Card, not measured: tiny-llama, batch 7 x 16 tokens, fp32"
+    assert "Largest batch_size that fits 5.0 MiB of allocator memory: 7, measured on this GPU: 6" in lines
+    check = {"implementations": {}, "losses": [8.0], "loss_difference": 0.0, "peak_memory_bytes": MIB}
+    rows = [
+        KernelCheck(kernels=k, gradient_difference=g, agrees=not g, **check) for k, g in zip(([], ["flce"]), (0.0, 0.5))
+    ]
+    text = report(new_record(config, "interpreted", {"gpu": None}, status="ok", kernel_check=rows))
+    assert text.startswith("Checked on a CPU, the kernels in Triton's interpreter: tiny-llama")
+    assert text.splitlines()[-1].split() == ["flce", "8.000000", "0.0e+00", "5.0e-01", "1.0", "MiB", "DIFFERS"]
+
+
+def test_file_has_a_null_only_where_a_reader_would_miss_the_figure(config):
+    record.save(new_record(config, "measured", {"gpu": None}, status="ok"), config.record_file, summary)
+    stored = json.loads(config.record_file.read_text())
+    assert {name for name, value in stored.items() if value is None} == set(HEADLINES)
+    assert load(config.record_file).floor_s is None
 
 
 def test_figures_of_several_gpus_are_of_all_or_of_the_fullest():
@@ -421,8 +478,8 @@ def test_tensorboard_gets_the_figures_that_there_are(config, counted):
     expected = {"step/loss": [3.0, 2.5], "summary/loss": [2.5]}
     if counted:
         expected |= {
-            "step/peak_allocated_MiB": [2, 3],
-            "step/peak_reserved_MiB": [4, 4],
+            "step/peak_allocated_GiB": [2 / 1024, 3 / 1024],
+            "step/peak_reserved_GiB": [4 / 1024, 4 / 1024],
             "step/seconds": [0.5, 0.25],
             "step/tokens_per_s": [2 * 16 / 0.5, 2 * 16 / 0.25],
             "summary/peak_GiB": [3 / 1024],
@@ -436,3 +493,33 @@ def test_tensorboard_gets_the_figures_that_there_are(config, counted):
     assert set(hparams) == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
     assert b"No Liger Kernel" in hparams["_hparams_/session_start_info"]
     assert b"summary/peak_GiB" in hparams["_hparams_/experiment"]
+
+
+def row_of_hparams(folder, config, gpu=H100):
+    """The columns of a run on TensorBoard's HPARAMS page."""
+    own = dataclasses.replace(config, log_dir=str(folder / config.run_name))
+    recorder = recorder_of(own, gpu=gpu)
+    recorder.record.implementations = {}
+    recorder.add_measurement(measurement_of())
+    write_tensorboard(own.log_folder, recorder.record, recorder.measurement)
+    content = tensorboard(own.log_folder).summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    started = HParamsPluginData.FromString(content).session_start_info
+    return {name: value.string_value for name, value in started.hparams.items()}
+
+
+def test_hparams_tell_runs_apart_by_what_differs(tmp_path):
+    usual = OffloadConfig(iterations=2, model_name="meta-llama/Llama-3.2-1B-Instruct")
+    changes = [{"preset": "fast", **PRESETS["fast"]}, {"optimizer": "overlapped_cpu_adam", "dtype": "bf16"}]
+    changes += [{"memory_limit_gib": 24.0}, {"world_size": 2}, {"flce": False}, {"gradient_checkpointing": False}]
+    runs = [usual, *(dataclasses.replace(usual, **own) for own in changes)]
+    rows = [row_of_hparams(tmp_path, run) for run in runs]
+    assert len({tuple(sorted(row.items())) for row in rows}) == len(rows)
+    assert (rows[0]["model"], rows[1]["preset"], rows[3]["limit_GiB"]) == ("Llama-3.2-1B fp16", "fast", "24")
+    assert (rows[4]["GPUs"], rows[5]["Kernels"]) == (f"2 x {H100}", "Liger Kernel w/o FLCE")
+    assert rows[6]["others"] == "iterations 2, gradient_checkpointing False"
+
+
+def test_memory_of_all_runs_on_a_card_is_drawn_on_one_scale():
+    (found,) = read_all(COMMITTED_SNAPSHOT)
+    drawn = figure({"x": found}, 80 * GIB)
+    assert {axes.get_ylim() for axes in drawn.axes} == {(0, 80)}

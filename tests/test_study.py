@@ -3,6 +3,7 @@ this process and take a moment: a script of the tests' own stands for the real o
 """
 
 import dataclasses
+import errno
 import faulthandler
 import itertools
 import json
@@ -21,12 +22,13 @@ from src import machine
 from src.config import RunConfig
 from src.experiment import Script
 from src.record import Failure, load_all, save
+from src.record import record as record_module
 from src.record.recorder import new_record
 from src.study import __main__ as study
 from src.study import grids
 from src.study.grids import grid_axes, tasks
 from src.techniques import KERNEL_NAMES, TITLES
-from src.utils import ExitStatus, UsageError
+from src.utils import ExitStatus, UsageError, write_atomically
 from tests.helpers import assert_one_error_line, write_llama_folder
 
 GPU = "NVIDIA Imaginary 1000"
@@ -342,14 +344,27 @@ def test_records_of_another_gpu_are_refused(script, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b'{"schema": 99}', b"my notes"])
-def test_file_that_is_no_record_is_not_replaced(script, content):
+def test_file_that_is_no_record_is_not_replaced_and_the_others_are_run(script, content):
     script("batch_size=2", "strategy=all")
     (path,) = script.results.glob("*.json")
     path.write_bytes(content)
     script.ran()
     status, _, stderr = script("batch_size=1,2", "strategy=all")
-    assert (status, script.ran(), path.read_bytes()) == (2, [], content)
-    assert_one_error_line(stderr, f"{path} is not a record")
+    assert (status, len(script.ran()), path.read_bytes()) == (1, 1, content)
+    assert_one_error_line(stderr, f"skipped, not replaced: {path} is not a record")
+
+
+def test_record_that_a_full_disk_left_without_its_text_is_made_again(script, monkeypatch):
+    def full_at_first(path, write):
+        if path.suffix == ".txt":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_atomically(path, write)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record_module, "write_atomically", full_at_first)
+        assert script("batch_size=1", "strategy=all")[0] == 1
+    assert script("batch_size=1", "strategy=all")[0] == 0
+    assert len(list(script.results.glob("*.json"))) == len(list(script.results.glob("*.txt"))) == 1
 
 
 def test_real_script_predicts_a_grid(run_study, tmp_path):

@@ -23,10 +23,10 @@ from src.model_utils import implementations, patched
 from src.predict import dry_run
 from src.record import KernelCheck
 from src.record.recorder import Recorder
-from src.record.report import files_written
+from src.record.report import files_written, kernel_check_table
 from src.record.tensorboard import write_tensorboard
 from src.techniques import TECHNIQUES
-from src.utils import ExitStatus, UsageError, aligned_table, format_bytes
+from src.utils import ExitStatus, UsageError
 
 # Kernels and Hugging Face's code add up the same numbers in another order: differences of a few roundings each.
 TOLERANCE = 64 * torch.finfo(torch.float32).eps
@@ -96,24 +96,6 @@ def compare(config: RunConfig, trained: Trained, baseline: Trained) -> KernelChe
     )
 
 
-def table(rows: list[KernelCheck]) -> str:
-    """The check's rows for a person; the first is the baseline."""
-    lines = [("Liger kernels", "last loss", "loss differs", "gradient differs", "peak of live tensors", "")]
-    for row in rows:
-        is_baseline = row is rows[0]
-        lines.append(
-            (
-                " + ".join(row.kernels) or "none (Hugging Face)",
-                f"{row.losses[-1]:.6f}",
-                "-" if is_baseline else f"{row.loss_difference:.1e}",
-                "-" if is_baseline else f"{row.gradient_difference:.1e}",
-                format_bytes(row.peak_memory_bytes),
-                "" if is_baseline else "agrees" if row.agrees else "DIFFERS",
-            )
-        )
-    return aligned_table(lines, "lrrrrl")
-
-
 def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
     """Check what `config` turns on, alone and together, and forecast the memory of `planned`, the run on a GPU.
 
@@ -142,7 +124,7 @@ def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
     count = config.warmup + 1 + config.iterations  # the step whose gradients are compared trains, too
     steps = f"{count} training steps, {config.batch_size} x {config.seq_length} tokens, fp32"
     print(f"\n{config.model_name}, {steps}; differences are relative, a rounding is 1e-07\n")
-    print(table(rows), files_written(config), sep="\n\n")
+    print(kernel_check_table(rows), files_written(config), sep="\n\n")
     print("\nRunning this on a GPU would add measured peaks, latency, throughput, a snapshot and a trace.")
     return ExitStatus.DONE if all(row.agrees for row in rows) else ExitStatus.FAILED
 

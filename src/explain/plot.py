@@ -18,12 +18,13 @@ _SMALLEST_SHARE = 0.02  # of a peak, to be named beside it
 _MOST_SPANS = 40  # of phases; more of them, as of many micro-batches, would be grey noise
 
 
-def figure(timelines: Mapping[str, Timeline]) -> Figure:
-    """A row for each named timeline, all on one scale of memory."""
+def figure(timelines: Mapping[str, Timeline], top_bytes: int | None = None) -> Figure:
+    """A row for each named timeline, on one scale of memory, which ends at `top_bytes` or above the highest peak."""
     drawing = Figure(figsize=(11, 1.0 + 3.4 * len(timelines)), layout="constrained")
     FigureCanvasAgg(drawing)
     rows = drawing.subplots(len(timelines), 2, width_ratios=(3, 1), squeeze=False, sharey=True)
-    top = max(sum(timeline.breakdown().values()) for timeline in timelines.values()) / GIB * 1.12 or 1.0
+    highest = max(sum(timeline.breakdown().values()) for timeline in timelines.values()) * 1.12
+    top = max(highest, top_bytes or 0) / GIB or 1.0
     rows[0][0].set_ylim(0, top)
     shown: dict[str, Any] = {}
     for (name, timeline), (left, right) in zip(timelines.items(), rows):

@@ -9,9 +9,9 @@ import numpy as np
 from src.explain.categories import order, words
 from src.explain.refusal import headline
 from src.explain.replay import Stack
-from src.explain.stacks import origin, printable
+from src.explain.stacks import origin
 from src.explain.timeline import Timeline
-from src.utils import aligned_table, format_bytes
+from src.utils import aligned_table, format_bytes, printable
 
 NOT_RECORDED = (
     "No history was recorded on GPU {gpu}: {size} is what was alive at the dump, and no peak is known.\n"

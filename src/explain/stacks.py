@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from src.explain.replay import Frame, Stack
+from src.utils import printable
 
 FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
 
@@ -122,13 +123,6 @@ def _category(frame: Frame) -> str:
         if rule.search(key if sees_path else name):
             return category
     return ""
-
-
-def printable(text: str) -> str:
-    """`text` from a file as a terminal may get it: line ends, escape sequences and half characters spelled out."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(frame: Frame) -> str:

@@ -17,7 +17,7 @@ def keep(job: Job, kind: str, message: str, started: float) -> None:
         return
     # Imported now that nothing of the job is left.
     from src.record.record import Failure, Record, load, save
-    from src.record.report import summary
+    from src.record.report import report
 
     path, told = Path(draft["path"]), None
     with contextlib.suppress(UsageError):  # there is none, or it is no record
@@ -29,6 +29,6 @@ def keep(job: Job, kind: str, message: str, started: float) -> None:
     record = told if is_of_this_run else Record.model_validate(draft["record"])
     record.status, record.error = "error", Failure(type=kind, message=message)
     try:
-        save(record, path, summary)
+        save(record, path, report)
     except OSError as error:
         error_line(f"{path} cannot be written: {error.strerror}")

@@ -95,7 +95,7 @@ class Prediction:
         record.peak_memory_bytes = self.peak_bytes
         record.peak_reserved_bytes = self.peak_reserved_bytes
         record.phase_peak_bytes = self.phases.peak_bytes
-        record.peak_phase = "load" if self.load_peak_bytes > self.peak_bytes else self.phases.phase
+        record.peak_phase = self.phases.phase
         record.peak_breakdown = self.breakdown
         record.breakdown_peak_bytes = self.peak_bytes
 

@@ -111,9 +111,7 @@ def main(config: RunConfig, script: Script) -> int:
         if prediction is None:
             smallest = _sized(config, GRANULARITY[config.find_max])
             predict(smallest, script.build_experiment, card=card, limit_bytes=limit)  # raises what does not fit
-        record.peak_memory_bytes = record.breakdown_peak_bytes = prediction.peak_bytes
-        record.peak_breakdown = prediction.breakdown
-        record.peak_phase, record.peak_reserved_bytes = prediction.phases.phase, prediction.peak_reserved_bytes
+        prediction.fill(record)
         print_rank0(_summary(config, prediction, card, limit))
         if on_gpu:
             record.frontier.measured = measured_frontier(config, script.main, size)

@@ -12,6 +12,7 @@ from src.record.record import (
     Record,
     load,
     load_all,
+    load_and_tell,
     save,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "Record",
     "load",
     "load_all",
+    "load_and_tell",
     "save",
 ]

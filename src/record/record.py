@@ -4,22 +4,31 @@ What was not measured is None, never a guess. What is read is checked: a file th
 that names the file and the field.
 """
 
+import dataclasses
 import functools
 import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from src.config import RunConfig
 from src.offload_config import CONFIGS
 from src.techniques import warnings
-from src.utils import ExitStatus, UsageError, first_line, write_atomically
+from src.utils import ExitStatus, UsageError, error_line, first_line, write_atomically
 
 SCHEMA = 2
+# Always in the file, null where they were not measured: a reader would miss them.
+HEADLINES = ("peak_memory_bytes", "latency_s", "throughput_tokens_per_s")
 WRONG = "†"  # marks a run whose gradients are less exact than Hugging Face's in the same dtype
+
+
+# What no run can show is no figure: a table or a picture of it would mean nothing.
+Bytes = Annotated[int, pydantic.Field(ge=0, lt=2**63)]
+Seconds = Annotated[float, pydantic.Field(gt=1e-9, lt=1e9)]
+Rate = Annotated[float, pydantic.Field(gt=0, lt=1e21)]  # per second; also a share of one
 
 
 class _Typed(pydantic.BaseModel):
@@ -32,7 +41,7 @@ class Environment(_Typed):
     """The machine and the versions a figure was measured with; what could not be read is None."""
 
     gpu: str | None
-    gpu_memory_bytes: int | None = None
+    gpu_memory_bytes: Bytes | None = None
     driver: str | None = None
     cuda: str | None = None
     cpu: str | None = None
@@ -55,11 +64,11 @@ class Failure(_Typed):
 
     type: str
     message: str
-    requested_bytes: int | None = None
-    free_bytes: int | None = None  # in all, whatever its pieces: not yet reserved, and unused inside what is reserved
-    reserved_bytes: int | None = None  # by PyTorch's allocator
-    allocated_bytes: int | None = None
-    largest_gap_bytes: int | None = None  # the largest unused piece inside what is reserved
+    requested_bytes: Bytes | None = None
+    free_bytes: Bytes | None = None  # in all, whatever its pieces: not yet reserved, and unused inside what is reserved
+    reserved_bytes: Bytes | None = None  # by PyTorch's allocator
+    allocated_bytes: Bytes | None = None
+    largest_gap_bytes: Bytes | None = None  # the largest unused piece inside what is reserved
 
 
 class KernelCheck(_Typed):
@@ -67,10 +76,10 @@ class KernelCheck(_Typed):
 
     kernels: list[str]
     implementations: dict[str, str]
-    losses: list[float]
+    losses: list[float] = pydantic.Field(min_length=1)
     loss_difference: float
     gradient_difference: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: Bytes | None
     agrees: bool
 
 
@@ -97,12 +106,12 @@ class Parity(_Typed):
 
 
 class Frontier(_Typed):
-    """The answer of --find_max."""
+    """The answer of --find_max: the largest size that fits, 0 if none does."""
 
-    searched: str
-    limit_bytes: int
-    predicted: int
-    measured: int | None = None
+    searched: Literal["batch_size", "seq_length"]
+    limit_bytes: Bytes
+    predicted: int = pydantic.Field(ge=0, lt=2**33)
+    measured: int | None = pydantic.Field(None, ge=0, lt=2**33)
 
 
 class Record(_Typed):
@@ -119,28 +128,28 @@ class Record(_Typed):
     implementations: dict[str, str] | None = None  # which function or class implements each technique's part
     steps_before: int | None = None  # optimizer steps that the weights had had: more than 0 where an engine is shared
     skipped_steps: int | None = None  # of the run's steps, those whose fp16 gradients overflowed: no weight changed
-    peak_memory_bytes: int | None = None
-    peak_reserved_bytes: int | None = None
+    peak_memory_bytes: Bytes | None = None
+    peak_reserved_bytes: Bytes | None = None
     allocation_retries: int | None = None  # times the GPU or its limit was full and the allocator gave its cache back
-    device_used_bytes: int | None = None
-    host_peak_bytes: int | None = None
-    load_peak_bytes: int | None = None  # peak while building the model, before the first step
-    step_seconds: list[float] | None = None
-    latency_s: float | None = None
-    latency_iqr_s: float | None = None
-    throughput_tokens_per_s: float | None = None
+    device_used_bytes: Bytes | None = None
+    host_peak_bytes: Bytes | None = None
+    load_peak_bytes: Bytes | None = None  # peak while building the model, before the first step
+    step_seconds: Annotated[list[Seconds], pydantic.Field(min_length=1)] | None = None
+    latency_s: Seconds | None = None  # the median of them
+    latency_iqr_s: float | None = pydantic.Field(None, ge=0, lt=1e9)
+    throughput_tokens_per_s: Rate | None = None
     model_flops_per_step: int | None = None
-    mfu: float | None = None
+    mfu: Rate | None = None
     mfu_peak_flops: float | None = None  # the peak that mfu is relative to, of all GPUs
-    floor_s: float | None = None  # under offloading: no step can be faster on this machine, see src/offload/floor.py
+    floor_s: Seconds | None = None  # under offloading: no step can be faster on this machine, see src/offload/floor.py
     floor: dict[str, float] | None = None  # what the floor is made of
     losses: list[float | None] | None = None
     loss: float | None = None  # of the last timed step
     grad_norm: float | None = None
-    peak_breakdown: dict[str, int] | None = None  # category -> bytes at the peak of the step below
-    breakdown_peak_bytes: int | None = None  # peak of the step in which the breakdown was recorded
+    peak_breakdown: dict[str, Bytes] | None = None  # category -> bytes at the peak of the step below
+    breakdown_peak_bytes: Bytes | None = None  # peak of the step in which the breakdown was recorded
     peak_phase: str | None = None
-    phase_peak_bytes: dict[str, int | None] | None = None
+    phase_peak_bytes: dict[str, Bytes | None] | None = None  # of the same step as the phase
     kernel_check: list[KernelCheck] | None = None  # of an interpreted run
     parity: Parity | None = None
     frontier: Frontier | None = None  # of --find_max
@@ -151,6 +160,13 @@ class Record(_Typed):
     def run(self) -> RunConfig:
         """The configuration that the record keeps."""
         return CONFIGS[self.script].from_dict(self.config)
+
+    @functools.cached_property
+    def answered(self) -> RunConfig:
+        """The configuration that the figures are of: of a search, with the largest size that fits."""
+        if self.frontier is None or not self.frontier.predicted:
+            return self.run
+        return dataclasses.replace(self.run, **{self.frontier.searched: self.frontier.predicted})
 
     @property
     def trains_wrongly(self) -> bool:
@@ -174,11 +190,26 @@ class Record(_Typed):
 
 
 def save(record: Record, path: Path, text: Callable[[Record], str]) -> None:
-    """Write the record and beside it, as the original did, its printed figures as text."""
-    values = _finite(record.model_dump(by_alias=True))
-    written = json.dumps(values, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(written))
-    write_atomically(path.with_suffix(".txt"), lambda temporary: temporary.write_text(text(record) + "\n"))
+    """Write the record and beside it, as the original did, its printed figures as text. Raises OSError.
+
+    The text comes first: who finds a record finds its text, also where the disk was full in between.
+    """
+    told = text(record) + "\n"
+    written = json.dumps(_finite(_fields(record)), indent=1, allow_nan=False) + "\n"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(written, encoding="utf-8")
+        write_atomically(path.with_suffix(".txt"), lambda beside: beside.write_text(told, "utf-8", "backslashreplace"))
+
+    write_atomically(path, write)
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    """What the file says: what has a value, and the figures that a reader would miss."""
+    values = record.model_dump(by_alias=True)
+    if record.error is not None:
+        values["error"] = record.error.model_dump(exclude_none=True)
+    return {name: value for name, value in values.items() if value is not None or name in HEADLINES}
 
 
 def _finite(value: Any) -> Any:
@@ -195,9 +226,11 @@ def _finite(value: Any) -> Any:
 def load(path: Path) -> Record:
     """Read a record back, also one of an older schema. Raises `UsageError` if the file is not one."""
     try:
-        values = json.loads(path.read_text())
+        if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            raise UsageError("it is no regular file")
+        values = json.loads(path.read_text(encoding="utf-8"))
         record = Record.model_validate(_upgraded(values))
-        record.run  # noqa: B018  a configuration that cannot be is told now
+        record.answered  # noqa: B018  a configuration that cannot be is told now
         if record.status is None:
             raise UsageError("it does not say what became of the run")
         return record
@@ -209,9 +242,30 @@ def load(path: Path) -> Record:
         raise UsageError(f"{path} is not a record: {first_line(error)}") from error
 
 
-def load_all(folders: Iterable[Path]) -> list[Record]:
-    """Every record below `folders`, in the order of their paths. Raises `UsageError` if a file or folder is none."""
-    return [load(path) for path in record_files(folders)]
+def load_all(folders: Iterable[Path], skip: Callable[[UsageError], object] | None = None) -> list[Record]:
+    """Every record below `folders`, in the order of their paths.
+
+    A file that is no record goes to `skip`, as the `UsageError` that names file and field; without `skip` it is raised.
+    Raises `UsageError` if a folder is none.
+    """
+    found = []
+    for path in record_files(folders):
+        try:
+            found.append(load(path))
+        except UsageError as error:
+            if skip is None:
+                raise
+            skip(error)
+    return found
+
+
+def load_and_tell(folders: Iterable[Path]) -> tuple[list[Record], bool]:
+    """The records below `folders`, and whether all files there are some; stderr has a line for each that is none."""
+    strange: list[UsageError] = []
+    found = load_all(folders, strange.append)
+    for error in strange:
+        error_line(f"skipped: {error}")
+    return found, not strange
 
 
 def record_files(folders: Iterable[Path]) -> list[Path]:

@@ -129,7 +129,7 @@ class Recorder:
             error_line(f"{path} keeps the result of an earlier run; this one failed")
             return
         try:
-            save(self.record, path, summary)
+            save(self.record, path, report)
         except OSError:
             print_rank0(summary(self.record))
             raise
@@ -171,11 +171,8 @@ class Recorder:
     def add_phases(self, own: PhasePeaks) -> None:
         """Fill in what the extra step showed."""
         record, phases = self.record, self._team.phases(own)
-        load_peak, peak = record.load_peak_bytes, record.peak_memory_bytes
-        in_load = load_peak is not None and peak is not None and load_peak > peak
         record.grad_norm = phases.grad_norm
-        record.peak_phase = "load" if in_load else phases.phase
-        record.phase_peak_bytes = phases.peak_bytes
+        record.peak_phase, record.phase_peak_bytes = phases.phase, phases.peak_bytes
 
     def add_breakdown(self, found: Timeline) -> None:
         """Fill in what the peak of a recorded step is made of."""
@@ -208,7 +205,7 @@ class Recorder:
         except torch.OutOfMemoryError:
             print_rank0("\nParity: not measured, the GPU has no room for the comparison")
             return
-        save(self.record, self.config.record_file, summary)
+        save(self.record, self.config.record_file, report)
         print_rank0("\n" + parity_table(self.record.parity))
 
     def _diagnose(self, experiment: Experiment) -> None:
@@ -228,7 +225,7 @@ class Recorder:
         if self._team.keeps:
             if self.config.snapshot_dir:
                 save_snapshot(snapshot, self.config.snapshot_file)
-            save(self.record, self.config.record_file, summary)
+            save(self.record, self.config.record_file, report)
         return found
 
 

@@ -1,49 +1,105 @@
 """What a run prints, and what its .txt file has: the record's figures for a person."""
 
+import contextlib
 import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 
 from src.config import RunConfig
 from src.explain.report import breakdown_table
-from src.record.record import Failure, Parity, Record
-from src.utils import MIB, aligned_table, format_bytes
+from src.record.record import Failure, Frontier, KernelCheck, Parity, Record, load
+from src.techniques import TECHNIQUES
+from src.utils import MIB, UsageError, aligned_table, format_bytes
 
 
 def report(record: Record) -> str:
-    """What ran, and its figures."""
-    config = record.run
-    where = f"on {record.environment.gpu or 'the CPU'}"
-    if record.simulated_gpu:
-        where = f"predicted for {record.simulated_gpu}"
-    kernels = ", ".join(config.kernels) or "none"
+    """What ran, where, whether it was measured, and its figures: what is printed, and stands in the .txt."""
+    config = record.answered
     lines = [
-        f"{config.model_name}, {config.description}, {where}",
-        f"Liger kernels: {kernels}; gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
+        f"{origin(record)}: {config.model_name}, {config.description}",
+        f"Liger kernels: {', '.join(config.kernels) or 'none'}; "
+        f"gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
     ]
     if config.dtype == "fp16":
         lines.append("fp16: through a loss scaler; its optimizer state underflows, so the loss means little")
     return "\n".join([*lines, "", summary(record)])
 
 
+def origin(record: Record) -> str:
+    """Where a record's figures come from."""
+    if record.mode == "measured":
+        return f"Measured on {record.environment.gpu or 'a GPU'}"
+    if record.mode == "interpreted":
+        return "Checked on a CPU, the kernels in Triton's interpreter"
+    card = record.simulated_gpu or "a GPU that is not there"
+    return f"Predicted for {card}, not measured" if record.mode == "predicted" else "Not run: inferred"
+
+
 def files_written(config: RunConfig) -> str:
-    """The files of this run, a line each."""
+    """The files of this run, a line each, and the command that compares it with another."""
     files = {"record": config.record_file, "snapshot": config.snapshot_file, "logs": config.log_folder}
-    return "\n".join(f"{name:<8} {path}" for name, path in files.items() if path.exists())
+    lines = [f"{name:<8} {path}" for name, path in files.items() if path.exists()]
+    if config.record_file.exists():
+        other = last_comparable(config.record_file) or "OTHER.json"
+        lines.append(
+            f"compare  {shlex.join(['python', '-m', 'src.study', 'compare', str(other), str(config.record_file)])}"
+        )
+    return "\n".join(lines)
+
+
+def last_comparable(path: Path) -> Path | None:
+    """The last record beside this one of the same model, sizes and machine with other techniques; None if none is."""
+    try:
+        own = load(path)
+    except UsageError:
+        return None
+    sizes = "_".join(path.stem.split("_")[:2])  # a run name begins with them
+    for other in sorted(path.parent.glob(f"{sizes}_*.json"), key=_written, reverse=True):
+        with contextlib.suppress(UsageError):
+            if is_comparable(own, load(other)):
+                return other
+    return None
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def is_comparable(a: Record, b: Record) -> bool:
+    """Whether two runs tell what a technique brings: both measured, or both predicted, otherwise the same."""
+    where = [(r.mode, r.environment.gpu, r.simulated_gpu, r.run.model_name, r.processes) for r in (a, b)]
+    sizes = [(r.run.batch_size, r.run.seq_length, r.run.gradient_accumulation_steps) for r in (a, b)]
+    differs = any(getattr(a.run, name) != getattr(b.run, name) for name in TECHNIQUES)
+    return where[0] == where[1] and sizes[0] == sizes[1] and b.status == "ok" and differs
 
 
 def summary(record: Record) -> str:
     """The record's figures as aligned text."""
     parts = []
+    if record.frontier is not None:
+        parts.append(_answer(record.frontier))
     if record.peak_memory_bytes is not None or record.losses is not None:
         parts.append(_figures(record))
+    if record.kernel_check:
+        parts.append(kernel_check_table(record.kernel_check))
     if record.peak_breakdown:
         parts.append(breakdown(record))
     if record.parity is not None:
         parts.append(parity_table(record.parity))
-    if record.status == "oom":
-        parts.append(_oom_summary(record.error))
-    if record.status == "error":
-        parts.append(f"Failed: {record.error.message}")
+    if record.error is not None:
+        parts.append(_oom_summary(record.error) if record.status == "oom" else f"Failed: {record.error.message}")
     return "\n\n".join(parts)
+
+
+def _answer(frontier: Frontier) -> str:
+    """What --find_max found."""
+    measured = "" if frontier.measured is None else f", measured on this GPU: {frontier.measured:,}"
+    room = f"that fits {format_bytes(frontier.limit_bytes)} of allocator memory"
+    return f"Largest {frontier.searched} {room}: {frontier.predicted or 'none'}{measured}"
 
 
 def breakdown(record: Record) -> str:
@@ -66,6 +122,24 @@ def parity_table(parity: Parity) -> str:
     return f"{aligned_table(rows, 'lrrlr')}\nParity, {parity.tokens:,} tokens: {verdict}{times}"
 
 
+def kernel_check_table(rows: Sequence[KernelCheck]) -> str:
+    """Each set of techniques that was checked beside Hugging Face's code, which is the first; relative differences."""
+    lines = [("Liger kernels", "last loss", "loss differs", "gradient differs", "peak of live tensors", "")]
+    for row in rows:
+        is_baseline = row is rows[0]
+        lines.append(
+            (
+                " + ".join(row.kernels) or "none (Hugging Face)",
+                f"{row.losses[-1]:.6f}",
+                "-" if is_baseline else f"{row.loss_difference:.1e}",
+                "-" if is_baseline else f"{row.gradient_difference:.1e}",
+                format_bytes(row.peak_memory_bytes),
+                "" if is_baseline else "agrees" if row.agrees else "DIFFERS",
+            )
+        )
+    return aligned_table(lines, "lrrrrl")
+
+
 def _percent(value: float | None) -> str:
     return (
         "not finite"
@@ -79,8 +153,11 @@ def _percent(value: float | None) -> str:
 def _figures(record: Record) -> str:
     rows = []
     if record.peak_memory_bytes is not None:
-        note = f"in the {record.peak_phase} phase" + (", fullest GPU" if record.processes > 1 else "")
-        rows.append(("Peak memory allocated", format_bytes(record.peak_memory_bytes), note))
+        notes = [f"in the {record.peak_phase} phase"] if record.peak_phase else []
+        notes += ["fullest GPU"] if record.processes > 1 else []
+        rows.append(("Peak memory allocated", format_bytes(record.peak_memory_bytes), ", ".join(notes)))
+        if record.load_peak_bytes is not None and record.load_peak_bytes > record.peak_memory_bytes:
+            rows.append(("Peak while building", format_bytes(record.load_peak_bytes), "more than in any step"))
     if record.peak_reserved_bytes is not None:
         rows.append(("Peak memory reserved", format_bytes(record.peak_reserved_bytes), "by PyTorch's allocator"))
     if record.latency_s is not None:
@@ -99,7 +176,7 @@ def _number(value: float | None) -> str:
 
 
 def _speed_rows(record: Record) -> list[tuple[str, str, str]]:
-    steps, iqr, peak = len(record.step_seconds), record.latency_iqr_s, record.mfu_peak_flops
+    steps, iqr, peak = len(record.step_seconds or ()), record.latency_iqr_s, record.mfu_peak_flops
     spread = "" if iqr is None else f", IQR {iqr * 1e3:.2f} ms"
     rows = [
         ("Memory used on the card", format_bytes(record.device_used_bytes), "driver's view, all programs"),

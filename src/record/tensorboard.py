@@ -17,7 +17,8 @@ from src.explain.plot import figure
 from src.explain.timeline import Timeline
 from src.measure import Measurement
 from src.record.record import Record
-from src.utils import GIB, MIB, format_bytes, write_atomically
+from src.techniques import TECHNIQUES
+from src.utils import GIB, markdown_table, write_atomically
 
 # Columns of TensorBoard's HPARAMS page, which shows the first five: tag -> (key of the record, divisor).
 _RESULTS = {
@@ -43,9 +44,9 @@ def write_tensorboard(folder: Path, record: Record, measurement: Measurement, ti
         for i, loss in enumerate(measurement.losses):
             writer.add_scalar("step/loss", loss, i)
             if measurement.peak_allocated_bytes[i] is not None:
-                writer.add_scalar("step/peak_allocated_MiB", measurement.peak_allocated_bytes[i] / MIB, i)
+                writer.add_scalar("step/peak_allocated_GiB", measurement.peak_allocated_bytes[i] / GIB, i)
             if record.mode == "measured":
-                writer.add_scalar("step/peak_reserved_MiB", measurement.peak_reserved_bytes[i] / MIB, i)
+                writer.add_scalar("step/peak_reserved_GiB", measurement.peak_reserved_bytes[i] / GIB, i)
                 writer.add_scalar("step/seconds", measurement.step_seconds[i], i)
                 writer.add_scalar("step/tokens_per_s", config.tokens_per_step / measurement.step_seconds[i], i)
         texts = {
@@ -58,18 +59,38 @@ def write_tensorboard(folder: Path, record: Record, measurement: Measurement, ti
         _add_hparams(writer, config, record)
         if timeline is not None:
             writer.add_figure("memory/timeline", figure({record.run_name: timeline}))
-            parts = {name: format_bytes(count) for name, count in record.peak_breakdown.items() if count}
+            # All runs on one card on one scale, the card's memory: small ones are small there.
+            card = record.environment.gpu_memory_bytes
+            writer.add_figure("memory/timeline_on_the_card", figure({record.run_name: timeline}, card))
+            parts = {name: f"{count / GIB:,.3f} GiB" for name, count in record.peak_breakdown.items() if count}
             writer.add_text("peak_breakdown", _markdown_table(parts))
 
 
 def _add_hparams(writer: SummaryWriter, config: RunConfig, record: Record) -> None:
     """One row of the HPARAMS page: what runs are compared by, and their results; everything else is in the text."""
     # Few and short columns, so that the results beside them are in sight.
+    limit = config.memory_limit_gib
+    compared = (t.name for t in TECHNIQUES.values() if t.compared)
+    columns = (
+        "model_name",
+        "batch_size",
+        "seq_length",
+        "dtype",
+        "preset",
+        "optimizer",
+        "memory_limit_gib",
+        "world_size",
+    )
+    gpu = record.environment.gpu or "no GPU"
     shown = {
-        "Kernels": config.title,  # capitals sort first
-        "checkpointing": "on" if config.gradient_checkpointing else "off",
-        "model": f"{config.dtype} {config.model_name.rsplit('/')[-1]}",
+        "Kernels": record.title,  # capitals sort first
+        "model": f"{config.model_name.rsplit('/')[-1].removesuffix('-Instruct')} {config.dtype}",
         "tokens": f"{config.tokens_per_step // config.seq_length} x {config.seq_length}",
+        "preset": getattr(config, "preset", "one GPU"),
+        "optimizer": config.optimizer,
+        "limit_GiB": "none" if limit is None else f"{limit:g}",
+        "GPUs": f"{record.processes} x {gpu}",
+        "others": ", ".join(config.unusual(*columns, *compared)) or "usual",
     }
     # TensorBoard takes the columns from any one run, so each run names them all, also those it has no figure for.
     for summary in hparams(shown, dict.fromkeys(_RESULTS, 0.0)):
@@ -80,8 +101,7 @@ def _add_hparams(writer: SummaryWriter, config: RunConfig, record: Record) -> No
 
 
 def _markdown_table(values: dict[str, Any]) -> str:
-    rows = [f"| {key} | {json.dumps(value)} |" for key, value in values.items()]
-    return "\n".join(["| field | value |", "| --- | --- |", *rows])
+    return markdown_table(["field", "value"], [[key, json.dumps(value)] for key, value in values.items()], "ll")
 
 
 def trace_step(step: Step, path: Path, *, keeps: bool = True) -> None:

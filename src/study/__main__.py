@@ -5,6 +5,7 @@
     python -m src.study study --script deepspeed --memory_limit_gib 24      # as on a 24 GB card
     python -m src.study study --script deepspeed --num_gpus 4               # each cell on four GPUs
     python -m src.study batch_size=1,2,4 seq_length=512 strategy=none,all --dtype fp32
+    python -m src.study compare results/A.json results/B.json               # two records side by side
 
 A grid is `batch` (the original's batch sizes at 1024 tokens), `sequence` (its lengths at batch 4), `study` (both) or
 axes like batch_size=1,2,4 over any setting; strategies are none, no_flce, all or kernels like rope+flce. Other flags go
@@ -108,7 +109,11 @@ def _run() -> int:
 
 
 def main() -> int:
-    """Run the grid on the command line; returns the exit status."""
+    """Run the grid on the command line, or compare two records; returns the exit status."""
+    if sys.argv[1:2] == ["compare"]:
+        from src.study import compare
+
+        return program.guarded(lambda: compare.main(sys.argv[2:]))
     return program.guarded(_run, "interrupted; the same command goes on where this one was")
 
 

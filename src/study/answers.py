@@ -2,16 +2,24 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from src.config import RunConfig
+from src.machine import H100
 from src.record import Record
 from src.techniques import TECHNIQUES, TITLES
+from src.utils import file_name
 
 FIXED_LENGTH, FIXED_BATCH = 1024, 4
 BATCH_SIZES = (1, 4, 8, 16, 32, 64, 96, 112)  # of FIXED_LENGTH tokens a sequence
 SEQ_LENGTHS = (512, 1024, 2048, 4096, 8192, 12288, 16384, 24576)  # FIXED_BATCH sequences
+MANY_TOKENS = 16 * 1024  # a step of so many is bound by the GPU; the time of a smaller one differs from run to run
+
+
+# How far step times of smaller ones lay apart when the study's cells were measured again, see doc/report.md.
+REPEATS = (-0.17, 0.34)
 
 
 class Cell(NamedTuple):
@@ -43,8 +51,15 @@ class Setting(NamedTuple):
     @property
     def name(self) -> str:
         """Script, unusual settings and machine, for a file's name."""
-        machine = "_".join("".join(c if c.isalnum() else " " for c in self.machine).split())
-        return f"{self.config.script}{self.config.settings_name}_{machine}"
+        return file_name(f"{self.config.script}{self.config.settings_name}_{plain_name(self.machine)}")
+
+
+StepTimes = dict[tuple[Setting, Cell], list[float]]
+
+
+def plain_name(text: str) -> str:
+    """`text` for a file's name: letters and digits, which any file system has."""
+    return "_".join("".join(c if c.isascii() and c.isalnum() else " " for c in text).split())
 
 
 def settings(config: RunConfig) -> RunConfig:
@@ -55,16 +70,17 @@ def settings(config: RunConfig) -> RunConfig:
 
 def machine(record: Record) -> str:
     """The GPU, and where Adam runs on the CPU how many cores that has and how its threads are bound."""
-    gpu = record.simulated_gpu or record.environment.gpu or "no GPU"
+    # What was inferred from predictions does not say of which card; dry runs simulate one.
+    gpu = record.simulated_gpu or record.environment.gpu or (H100.name if is_predicted(record) else "no GPU")
     cores = record.environment.cpu_count
-    if record.script != "deepspeed" or cores is None:
+    if record.script != "deepspeed" or cores is None or is_predicted(record):
         return gpu
     return ", ".join([gpu, f"{cores} CPU cores", *thread_variables(record)])
 
 
 def gpu_name(record: Record) -> str:
     """The GPU's short name: H100 for NVIDIA H100 80GB HBM3."""
-    name = record.environment.gpu
+    name = record.environment.gpu or "no GPU"
     model = re.search(r"\b([RG]TX )?[A-Z]*\d+[A-Z]*\b", name)
     return model.group() if model else name
 
@@ -72,6 +88,34 @@ def gpu_name(record: Record) -> str:
 def thread_variables(record: Record) -> list[str]:
     """The environment variables of a run that bear on its threads."""
     return [f"{name}={value}" for name, value in record.environment.omp.items()]
+
+
+def absence(record: Record | None) -> str:
+    """Why there is no figure."""
+    if record is None:
+        return "not run"
+    if record.status == "oom":
+        return "OOM" + ("*" if record.mode == "inferred" else "")
+    return "failed" if record.status == "error" else "not measured"
+
+
+def short_model(config: RunConfig) -> str:
+    """The model without its organisation or folder."""
+    return config.model_name.rsplit("/")[-1]
+
+
+def setting_words(record: Record) -> str:
+    """Model, machine and settings, for a title or a cell."""
+    config: RunConfig = record.run
+    words = [short_model(config), config.dtype]
+    if record.script == "deepspeed":
+        words.append(f"ZeRO-3 offload, preset {config.preset}")
+    words.append("gradient checkpointing" if config.gradient_checkpointing else "no checkpointing")
+    words.append(machine(record))
+    if config.memory_limit_gib is not None:
+        words.append(f"limited to {config.memory_limit_gib:g} GiB")
+    said = ("model_name", "dtype", "preset", "gradient_checkpointing", "memory_limit_gib")
+    return ", ".join([*words, *config.unusual(*NOT_A_SETTING, *said)])
 
 
 def cell(record: Record) -> Cell:
@@ -86,19 +130,51 @@ def is_measured(record: Record) -> bool:
     return own and not record.config.get("dry_run")
 
 
-def studies(found: Iterable[Record]) -> dict[Setting, dict[Cell, Record]]:
-    """The measured records by what they have in common, one for each cell; those nearest to the original's first.
+def is_predicted(record: Record) -> bool:
+    """Whether a record tells of a run that a dry run simulated, or that was inferred from such runs."""
+    return record.mode == "predicted" or (record.mode == "inferred" and bool(record.config.get("dry_run")))
+
+
+def studies(
+    found: Iterable[Record], counts: Callable[[Record], bool] = is_measured
+) -> dict[Setting, dict[Cell, Record]]:
+    """The records that count, by what they have in common, one for each cell; those nearest to the original's first.
 
     A study without a memory limit also takes the runs under one that never met it.
     """
-    measured = list(filter(is_measured, found))
+    own = list(filter(counts, found))
     grouped: dict[Setting, dict[Cell, Record]] = {}
-    for record in measured:
+    for record in own:
         _add(record, grouped.setdefault(_setting(record), {}))
-    for record in filter(None, map(without_its_limit, measured)):
+    for record in filter(None, map(without_its_limit, own)):
         if _setting(record) in grouped:
             _add(record, grouped[_setting(record)])
     return {setting: grouped[setting] for setting in sorted(grouped, key=lambda s: distance(s, grouped[s]))}
+
+
+def step_times(found: Iterable[Record]) -> StepTimes:
+    """Seconds a step of each run of an experiment on one machine, ascending: several show the spread between runs."""
+    times: StepTimes = defaultdict(list)
+    for record in filter(is_measured, found):
+        if record.latency_s is not None and record.latency_s not in times[place(record)]:  # a copy is no repeat
+            times[place(record)].append(record.latency_s)
+    return {where: sorted(own) for where, own in times.items()}
+
+
+def place(record: Record) -> tuple[Setting, Cell]:
+    """The experiment and the machine of a run: the same for its repeats, also under a limit that they never met."""
+    record = without_its_limit(record) or record
+    return _setting(record), cell(record)
+
+
+def repeats(record: Record, times: StepTimes) -> str:
+    """How many runs of its experiment there are, and their times a step in ms; nothing of a single one."""
+    return spread(times.get(place(record), ())) if record.latency_s is not None else ""
+
+
+def spread(times: Sequence[float]) -> str:
+    """The same of these times."""
+    return f"{len(times)} runs: {times[0] * 1e3:,.1f} to {times[-1] * 1e3:,.1f}" if len(times) > 1 else ""
 
 
 def experiment(record: Record) -> tuple[RunConfig, Cell]:
@@ -111,8 +187,8 @@ def _setting(record: Record) -> Setting:
 
 
 def _add(record: Record, cells: dict[Cell, Record]) -> None:
-    place = cell(record)
-    cells[place] = max(cells.get(place, record), record, key=_worth)
+    own = cell(record)
+    cells[own] = max(cells.get(own, record), record, key=_worth)
 
 
 class LimitNeverMet(Record):

@@ -10,13 +10,14 @@ from typing import Any
 from tqdm import tqdm
 
 from src.config import RunConfig
+from src.machine import H100
 from src.record import Failure, Record, load, save
 from src.record.recorder import check_folders, new_record
-from src.record.report import summary
+from src.record.report import report
 from src.study.answers import is_measured, without_its_limit
 from src.study.grids import SCRIPTS, Task
 from src.study.workers import Job, facts_of, what_happened
-from src.utils import GIB, ExitStatus, UsageError, error_line
+from src.utils import GIB, ExitStatus, UsageError, error_line, printable
 
 
 class Sweep:
@@ -31,10 +32,10 @@ class Sweep:
 
     def run(self) -> int:
         """Run what has no record yet; returns the exit status."""
-        own = {task.config.run_name: told for task in self._tasks if (told := finished_record(task.config))}
+        own, skipped = self._finished()
         done = self._ran_under_a_limit() | own
         self._check_machine(done)
-        waiting = [task for task in self._tasks if task.config.run_name not in done]
+        waiting = [task for task in self._tasks if task.config.run_name not in done | skipped]
         for task in waiting:
             check_folders(task.config)
         if done:
@@ -52,17 +53,32 @@ class Sweep:
                 record = self._infer(task, reason) if reason else self._measure(task)
                 done[task.config.run_name] = record
                 failed += record.status == "error"
-                progress.write(f"{time.monotonic() - started:6.1f} s  {task.label}: {outcome(record)}")
+                progress.write(f"{time.monotonic() - started:6.1f} s  {printable(f'{task.label}: {outcome(record)}')}")
                 progress.update()
+        for error in skipped.values():
+            error_line(f"skipped, not replaced: {error}")
         if failed:
             error_line(f"{failed} cells failed; their records say why, and the next sweep tries them again")
-        return ExitStatus.FAILED if failed else ExitStatus.DONE
+        return ExitStatus.FAILED if failed or skipped else ExitStatus.DONE
 
     def close(self) -> None:
         """End the processes in which tasks run."""
         if self._job is not None:
             self._job.end()
             self._job = None
+
+    def _finished(self) -> tuple[dict[str, Record], dict[str, UsageError]]:
+        """Name of a task -> its record; and of those in whose place there is a file that is no record, what it is."""
+        found, strange = {}, {}
+        for task in self._tasks:
+            try:
+                record = finished_record(task.config)
+            except UsageError as error:
+                strange[task.config.run_name] = error
+                continue
+            if record is not None:
+                found[task.config.run_name] = record
+        return found, strange
 
     def _ran_under_a_limit(self) -> dict[str, Record]:
         """Name of a task without a memory limit -> record of the same run under one that it never met."""
@@ -89,8 +105,9 @@ class Sweep:
         """Record for a task what it could not record itself."""
         environment = self._facts() | {"argv": [SCRIPTS[task.config.script] + ".py", *task.arguments]}
         failure = Failure(type=kind, message=message)
-        record = new_record(task.config, mode, environment, status=status, error=failure)
-        save(record, task.config.record_file, summary)
+        card = H100.name if task.config.dry_run else None
+        record = new_record(task.config, mode, environment, status=status, error=failure, simulated_gpu=card)
+        save(record, task.config.record_file, report)
         return record
 
     def _measure(self, task: Task) -> Record:

@@ -1,14 +1,14 @@
 """Tables made from records, as Markdown or CSV. Needs no torch."""
 
 import csv
-import dataclasses
 import io
+import re
 from collections.abc import Callable, Sequence
 
-from src.config import RunConfig
 from src.record import Record
-from src.study.figures import absence, setting_words
-from src.utils import GIB, markdown_table
+from src.study import answers
+from src.study.answers import absence, setting_words
+from src.utils import GIB, markdown_table, printable
 
 Table = list[list[str]]  # the first row is the header
 
@@ -16,8 +16,15 @@ Table = list[list[str]]  # the first row is the header
 def to_csv(table: Table) -> str:
     """Comma-separated values, without the thousands' commas."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([cell.replace(",", "") for cell in row] for row in table)
+    csv.writer(text, lineterminator="\n").writerows([_csv_cell(cell) for cell in row] for row in table)
     return text.getvalue().rstrip("\n")
+
+
+def _csv_cell(text: str) -> str:
+    """`text` from a file: a spreadsheet would run what begins as a formula does, unless an apostrophe precedes it."""
+    text = printable(text.replace(",", ""))
+    is_formula = text.startswith(("=", "+", "-", "@")) and not re.fullmatch(r"[+-]?[\d.]+%?", text)
+    return f"'{text}" if is_formula else text
 
 
 FORMATS: dict[str, Callable[[Table], str]] = {
@@ -27,29 +34,24 @@ FORMATS: dict[str, Callable[[Table], str]] = {
 
 
 def runs_table(found: Sequence[Record]) -> Table:
-    """A row for each record, whatever became of it: settings, peak, latency, throughput, parity.
+    """A row for each record, whatever became of it: settings, peak, latency, throughput, parity, repeats.
 
-    Parity is the gradients' error against fp32, over that of Hugging Face's code in the same dtype.
+    Parity is the gradients' error against fp32, over that of Hugging Face's code in the same dtype. IQR is the spread
+    of steps within a run; repeats say how far the runs of the same experiment on the same machine lie apart.
     """
+    times = answers.step_times(found)
     header = ["kernels", "batch", "seq", "settings", "status", "peak GiB", "ms a step", "IQR ms", "tokens/s", "MFU"]
-    return [[*header, "parity"], *(_row(record) for record in sorted(found, key=_order))]
+    rows = [_row(r, times) for r in sorted(found, key=_order)]
+    return [[*header, "parity", "repeats, ms a step"], *rows]
 
 
 def _order(record: Record) -> tuple:
-    config = _listed_config(record)
+    config = record.answered
     return setting_words(record), config.seq_length, config.batch_size, len(config.kernels), config.title, record.mode
 
 
-def _listed_config(record: Record) -> RunConfig:
-    """The configuration that a record's figures are of: for a search, of the largest size that fits."""
-    config, frontier = record.run, record.frontier
-    if frontier is None or not frontier.predicted:
-        return config
-    return dataclasses.replace(config, **{frontier.searched: frontier.predicted})
-
-
-def _row(record: Record) -> list[str]:
-    config = _listed_config(record)
+def _row(record: Record, times: answers.StepTimes) -> list[str]:
+    config = record.answered
     status = record.mode if record.status == "ok" else absence(record)
     status += " (predicted)" if config.dry_run and record.status != "ok" else ""
     cells = [record.title, f"{config.batch_size:,}", f"{config.seq_length:,}", setting_words(record), status]
@@ -61,6 +63,7 @@ def _row(record: Record) -> list[str]:
         number_or_empty(record.throughput_tokens_per_s, 1, "{:,.0f}"),
         number_or_empty(record.mfu, 1e-2, "{:.1f}%"),
         number_or_empty(None if record.parity is None else record.parity.ratio, 1, "{:.2f}"),
+        answers.repeats(record, times),
     ]
 
 
