@@ -69,6 +69,12 @@ def test_axes_are_multiplied_over_any_setting_and_equal_runs_are_one():
     assert (several.world_size, several.preset, several.optimizer) == (4, "fast", "overlapped_cpu_adam")
 
 
+def test_label_says_what_tells_a_cell_apart():
+    words, flags = ["batch_size=2", "learning_rate=1e-3,1e-4", "strategy=none"], ["--device=cuda"]
+    labels = [task.label for task in grids.tasks(grids.grid_axes(words), grids.script("all_gpu"), flags)]
+    assert labels == ["No Liger Kernel, 2 x 1024, learning_rate 1e-3", "No Liger Kernel, 2 x 1024, learning_rate 1e-4"]
+
+
 def test_grid_that_cannot_be_is_a_usage_error():
     wrong = {"everything": "'everything' is no grid", "batch seq_length=64": "'batch' is no grid"}
     wrong |= {"batch_size=1,,2": "is no grid", "seed=1 seed=2": "seed is given twice", "strategy=x": "unknown kernel"}
