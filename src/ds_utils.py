@@ -178,10 +178,11 @@ def build_engine(config: OffloadConfig, device: torch.device) -> Any:
     import deepspeed
 
     model_config = load_model_config(config)
-    check_host_memory(config, model_config)
+    if not config.plans:
+        check_host_memory(config, model_config)
+        _announce_compilation(config)
     settings = zero3_config(config, model_config)
     _check_accepted(settings)
-    _announce_compilation(config)
     # While this object lives, transformers builds and loads models partitioned.
     partitioned = HfDeepSpeedConfig(settings)
     model = build_model(config, device)

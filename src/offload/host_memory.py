@@ -9,7 +9,7 @@ from src.utils import GIB, UsageError, next_power_of_two
 
 # What a process takes besides tensors: PyTorch, CUDA's libraries, compiled kernels. What is left of the measured peaks
 # under doc/data/ by the rules of the next function.
-_PROCESS_BYTES = 4 * GIB
+PROCESS_BYTES = 3 * GIB // 2
 _CPU_PROCESS_BYTES = GIB // 2  # without CUDA's
 
 
@@ -25,7 +25,7 @@ def host_bytes_needed(config: OffloadConfig, model_config: PretrainedConfig) -> 
     pinned = 2 * next_power_of_two(width * count) + width * count
     if config.optimizer == "deepspeed_cpu_adam":  # copies the gradients into the master weights' dtype
         pinned += next_power_of_two(state_width * rest) + state_width * layers
-    process = _CPU_PROCESS_BYTES if config.device == "cpu" else _PROCESS_BYTES
+    process = _CPU_PROCESS_BYTES if config.device == "cpu" else PROCESS_BYTES
     return states + pinned + process * config.world_size
 
 

@@ -6,8 +6,9 @@ change of the experiment. Nothing is computed: there are no times, and no loss.
 
 import contextlib
 import dataclasses
+import functools
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,10 @@ from src.predict.simulated_snapshot import simulated_snapshot
 from src.record import Record
 from src.record.recorder import Recorder
 from src.utils import GIB, UsageError, aligned_table, format_bytes, print_rank0
+
+
+# What runs a configuration on a card, of which the allocator may reserve so many bytes.
+Simulate = Callable[[RunConfig, Gpu, int | None], FakeGpu]
 
 
 class FakeRuntime:
@@ -73,6 +78,7 @@ class Prediction:
     load_peak_bytes: int
     phases: PhasePeaks
     peak_reserved_bytes: int
+    host_peak_bytes: int | None  # of the whole job; None: not simulated
     breakdown: dict[str, int]  # category -> bytes at the peak; sums to peak_bytes
     model_flops: int
     implementations: dict[str, str]
@@ -93,6 +99,7 @@ class Prediction:
         record.load_peak_bytes = self.load_peak_bytes
         record.peak_memory_bytes = self.peak_bytes
         record.peak_reserved_bytes = self.peak_reserved_bytes
+        record.predicted_host_bytes = self.host_peak_bytes
         record.phase_peak_bytes = self.phases.peak_bytes
         record.peak_phase = "load" if self.load_peak_bytes > self.peak_bytes else self.phases.phase
         record.peak_breakdown = self.breakdown
@@ -106,17 +113,18 @@ def predict(
     card: Gpu = H100,
     limit_bytes: int | None = None,
     record_frames: bool = False,
+    simulate: Simulate | None = None,
 ) -> Prediction:
-    """Simulate `config` on `card`; `limit_bytes` bounds what the allocator may reserve.
+    """Simulate `config` on `card`, or what `simulate` makes of it; `limit_bytes` bounds what may be reserved.
 
     `record_frames` keeps the Python stack of every request of the step, for a snapshot.
 
     Raises `SimulatedOutOfMemory` if the experiment does not fit into `limit_bytes`.
     """
-    gpu = FakeGpu(card, limit_bytes)
+    gpu = FakeGpu(card, limit_bytes) if simulate is None else simulate(config, card, limit_bytes)
     runtime = FakeRuntime(gpu)
     # The weights' values do not matter, so they are never loaded, and no network is used.
-    config = dataclasses.replace(config, pretrained=False)
+    config = dataclasses.replace(config, pretrained=False, dry_run=True)
     with patched(), _without_garbage_collector(), runtime.tracking():
         experiment = build(config, runtime)
         load_peak = runtime.peak_bytes()[0]
@@ -141,6 +149,7 @@ def predict(
             load_peak_bytes=load_peak,
             phases=phases,
             peak_reserved_bytes=max(reserved, runtime.peak_bytes()[1]),
+            host_peak_bytes=gpu.host_peak_bytes(),
             breakdown=timeline(simulated_snapshot(gpu, first_event)).breakdown(),
             model_flops=flops_per_step(experiment.model, config),
             implementations=implementations(experiment.model),
@@ -180,12 +189,13 @@ def main(config: RunConfig, script: Script) -> int:
     recorder = Recorder(config, "predicted", torch.device("cpu"))
     with recorder:
         recorder.record.simulated_gpu = H100.name
-        prediction = predict(config, script.build_experiment, record_frames=bool(config.snapshot_dir))
+        simulation = functools.partial(predict, config, script.build_experiment, simulate=script.simulate)
+        prediction = simulation(record_frames=bool(config.snapshot_dir))
         prediction.fill(recorder.record)
         if config.snapshot_dir:
             save(simulated_snapshot(prediction.gpu, prediction.first_event), config.snapshot_file)
         if limit is not None:
-            predict(config, script.build_experiment, limit_bytes=limit)
+            simulation(limit_bytes=limit)
     status = recorder.finish()
     if limit is not None:
         answer = "fits" if recorder.record.status == "ok" else "does not fit"

@@ -118,6 +118,10 @@ class FakeGpu(LiveMemory):
             stack.enter_context(self)
             yield
 
+    def host_peak_bytes(self) -> int | None:
+        """Host memory that the whole job has taken at most; None: not simulated."""
+        return None
+
     def set_label(self, label: str) -> None:
         """Who asks for memory from now on: "module|operation"."""
         self._module = label.partition("|")[0]

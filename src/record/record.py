@@ -122,6 +122,7 @@ class Record(_Typed):
     allocation_retries: int | None = None  # times the GPU or its limit was full and the allocator gave its cache back
     device_used_bytes: int | None = None
     host_peak_bytes: int | None = None
+    predicted_host_bytes: int | None = None  # of a prediction: host memory of the whole job, on all its machines
     load_peak_bytes: int | None = None  # peak while building the model, before the first step
     step_seconds: list[float] | None = None
     latency_s: float | None = None
