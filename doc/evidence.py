@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "doc" / "data"
 SOURCE = ROOT / "doc" / "source"
 # The runs of which predictions are kept, and where these are.
-PREDICTED_RUNS, PREDICTIONS = "h100_single_gpu", "predicted_single_gpu"
+PREDICTED_RUNS, PREDICTIONS = "h100_single_gpu", {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
 
 BATCHES = (1, 4, 8, 16, 32)  # of the runs that had a machine for themselves
 OFFLOADED = (("none", 4), ("all", 4), ("none", 32), ("all", 32), ("all", 96))  # kernels and batch
@@ -246,34 +246,44 @@ MODELS = tuple(map(Shape, ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B",
 
 def dry_run_of(run: Record) -> RunConfig:
     """The dry run that predicts a run; of one that ran out of memory, whether it fits the card that it ran on."""
-    place = f"doc/data/{PREDICTIONS}"
-    config = dataclasses.replace(run.run, dry_run=True, result_dir=place, snapshot_dir="", log_dir="")
+    config = run.run
+    if isinstance(config, OffloadConfig):
+        # What changes no peak, so that runs that differ in nothing else share a prediction.
+        usual = {name: getattr(OffloadConfig, name) for name in ("iterations", "warmup", "cpu_threads", "breakdown")}
+        limit = config.memory_limit_gib if run.status == "oom" else None
+        config = dataclasses.replace(config, **usual, memory_limit_gib=limit)
+    place = DATA.relative_to(ROOT) / PREDICTIONS[run.script]
+    config = dataclasses.replace(config, dry_run=True, result_dir=str(place), snapshot_dir="", log_dir="")
     if run.status == "ok":
         return config
     return dataclasses.replace(config, gpu_memory_gib=run.environment.gpu_memory_bytes / GIB)
 
 
 def predicted_runs() -> list[Record]:
-    """The measured runs of which predictions are kept."""
-    return listed(DATA / PREDICTED_RUNS, "all_gpu")
+    """The measured runs of which predictions are kept: those of one GPU on one machine, and every offloaded one."""
+    return [*listed(DATA / PREDICTED_RUNS, "all_gpu"), *offloaded_runs()]
+
+
+def offloaded_runs() -> list[Record]:
+    """Every measured offloaded run."""
+    return listed(DATA, "deepspeed")
 
 
 def predict_all() -> None:
-    """Predict them anew, which takes minutes. A user has the figures as text too; evidence is the records alone."""
-    from all_gpu_liger_kernel import SCRIPT
+    """Predict them anew, which takes half an hour. A user has the figures as text too; evidence is records alone."""
     from src.predict import dry_run
+    from src.study.grids import script
 
     # Asked once: the records that are written here would make it a changed checkout.
     os.environ.setdefault("GIT_COMMIT", machine.environment(on_gpu=False)["git_commit"])
-    for run in predicted_runs():
-        config = dry_run_of(run)
-        dry_run.main(config, SCRIPT)
+    for config in dict.fromkeys(dry_run_of(run) for run in predicted_runs()):
+        dry_run.main(config, script(config.script))
         config.record_file.with_suffix(".txt").unlink()
 
 
 def predictions(runs: Iterable[Record]) -> list[Pair]:
     """Each run's prediction, and the run. Raises `UsageError` if one was not predicted."""
-    kept = {record.run_name: record for record in folder(PREDICTIONS).records}
+    kept = {record.run_name: record for name in PREDICTIONS.values() for record in folder(name).records}
     pairs = []
     for run in runs:
         name = dry_run_of(run).run_name

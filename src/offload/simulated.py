@@ -23,11 +23,10 @@ from src.offload_config import OffloadConfig
 from src.predict.fake_gpu import aten
 from src.predict.fake_machine import FakeMachine
 
-_EXCHANGES = (
-    "all_reduce all_reduce_coalesced inference_all_reduce reduce reduce_scatter reduce_scatter_tensor broadcast "
-    "broadcast_object_list all_gather all_gather_into_tensor all_gather_base all_gather_coalesced all_gather_object "
-    "all_to_all all_to_all_single send recv gather scatter barrier monitored_barrier"
-).split()
+_EXCHANGES = ["all_reduce", "all_reduce_coalesced", "inference_all_reduce", "reduce", "send", "recv", "barrier"]
+_EXCHANGES += ["reduce_scatter", "reduce_scatter_tensor", "broadcast", "broadcast_object_list", "gather", "scatter"]
+_EXCHANGES += ["all_gather", "all_gather_into_tensor", "all_gather_base", "all_gather_coalesced", "all_gather_object"]
+_EXCHANGES += ["all_to_all", "all_to_all_single", "monitored_barrier"]
 
 
 class SimulatedRank(FakeMachine):
@@ -75,7 +74,8 @@ class _Nothing:
 @contextlib.contextmanager
 def _job(rank: SimulatedRank, world_size: int) -> Iterator[None]:
     """DeepSpeed believes that it is rank 0 of `world_size`; afterwards everything is as it was."""
-    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size)}
+    # DeepSpeed looks for its accelerator while it is imported, and would tell that it finds none.
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "DS_ACCELERATOR": "cuda"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, variables))
         stack.enter_context(_accelerator(rank))
@@ -145,8 +145,8 @@ def _nothing_compiled() -> Iterator[Any]:
     from src.offload import overlapped_adam
 
     nothing = SimpleNamespace(create_adam=_Nothing, adam_update=_Nothing, destroy_adam=_Nothing)
-    yield mock.patch.object(CPUAdamBuilder, "load", lambda *_, **__: nothing)
-    yield mock.patch.object(overlapped_adam, "_kernel", lambda: SimpleNamespace(adam_update=_Nothing))
+    yield mock.patch.object(CPUAdamBuilder, "load", return_value=nothing)
+    yield mock.patch.object(overlapped_adam, "_kernel", return_value=nothing)
     yield mock.patch("torch.cuda.current_stream", _Nothing)
 
 
@@ -156,4 +156,4 @@ def _sound_gradients() -> Iterator[Any]:
 
     yield mock.patch.object(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", _Nothing)
     for module in (stage3, stage_1_and_2):
-        yield mock.patch.object(module, "is_invalid_grad_norm", lambda norm: False)
+        yield mock.patch.object(module, "is_invalid_grad_norm", return_value=False)

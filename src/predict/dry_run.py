@@ -28,7 +28,6 @@ from src.record import Record
 from src.record.recorder import Recorder
 from src.utils import GIB, UsageError, aligned_table, format_bytes, print_rank0
 
-
 # What runs a configuration on a card, of which the allocator may reserve so many bytes.
 Simulate = Callable[[RunConfig, Gpu, int | None], FakeGpu]
 
@@ -194,7 +193,8 @@ def main(config: RunConfig, script: Script) -> int:
         prediction.fill(recorder.record)
         if config.snapshot_dir:
             save(simulated_snapshot(prediction.gpu, prediction.first_event), config.snapshot_file)
-        if limit is not None:
+        # What never reserved more without a limit would do the same with it.
+        if limit is not None and prediction.gpu.allocator.most_reserved_bytes > limit:
             simulation(limit_bytes=limit)
     status = recorder.finish()
     if limit is not None:
