@@ -51,7 +51,7 @@ from src.measure import measure, measure_phases
 from src.measure.devices import CudaRuntime, HostRuntime
 from src.offload import floor, ranks
 from src.offload.experiment import OffloadExperiment
-from src.offload.simulated import SimulatedRank
+from src.offload.simulated import SimulatedRank, unchecked
 from src.offload.team import Ranks
 from src.predict import dry_run, frontier
 from src.record.recorder import Recorder
@@ -84,10 +84,11 @@ def build_experiment(config: OffloadConfig, runtime: Runtime, build: Build = bui
 
 def main(config: OffloadConfig, planned: OffloadConfig | None = None, build: Build = build_engine) -> int:
     """Run what `config` describes, with the engine that `build` makes or keeps; returns the exit status."""
-    if config.find_max:
-        return frontier.main(config, SCRIPT)
-    if config.dry_run:
-        return dry_run.main(config, SCRIPT)
+    if config.plans:
+        status = frontier.main(config, SCRIPT) if config.find_max else dry_run.main(config, SCRIPT)
+        if missing := unchecked(config):
+            print_rank0(f"Not checked against a measurement: {', '.join(missing)}")
+        return status
     ranks.check_environment()
     config = dataclasses.replace(config, world_size=ranks.world_size())
     on_gpu = config.device == "cuda"

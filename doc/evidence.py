@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from src import machine
 from src.cli import command_line
 from src.config import DTYPES, RunConfig
@@ -20,8 +22,10 @@ from src.families import SHAPES
 from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
 from src.offload_config import PRESETS, OffloadConfig
 from src.record import Record, load, load_all
+from src.record.recorder import Recorder
 from src.study import answers
 from src.study.figures import predicted_and_measured
+from src.study.grids import but_for_sizes, script
 from src.techniques import KERNEL_NAMES, STRATEGIES, kernels_only
 from src.utils import GIB, UsageError, ceil_div, next_power_of_two
 
@@ -271,14 +275,32 @@ def offloaded_runs() -> list[Record]:
 
 def predict_all() -> None:
     """Predict them anew, which takes half an hour. A user has the figures as text too; evidence is records alone."""
-    from src.predict import dry_run
-    from src.study.grids import script
-
     # Asked once: the records that are written here would make it a changed checkout.
     os.environ.setdefault("GIT_COMMIT", machine.environment(on_gpu=False)["git_commit"])
+    groups: dict[RunConfig, list[RunConfig]] = {}
     for config in dict.fromkeys(dry_run_of(run) for run in predicted_runs()):
-        dry_run.main(config, script(config.script))
-        config.record_file.with_suffix(".txt").unlink()
+        groups.setdefault(but_for_sizes(config), []).append(config)
+    for configs in groups.values():
+        predict_alike(configs)
+
+
+def predict_alike(configs: Sequence[RunConfig]) -> None:
+    """Predict runs that differ in their sizes alone, offloaded ones with one engine: building it takes longest."""
+    from src.ds_utils import KeptEngine
+    from src.predict import dry_run
+
+    of = script(configs[0].script)
+    if of.main_for_many is None or dry_run.limit_bytes(configs[0]) is not None:
+        for config in configs:
+            dry_run.main(config, of)
+            config.record_file.with_suffix(".txt").unlink()
+        return
+    build = functools.partial(of.build_experiment, build=KeptEngine())
+    with dry_run.simulation(of.simulate(configs[0], machine.H100, None), build) as predicted:
+        for config in configs:
+            with Recorder(config, "predicted", torch.device("cpu")) as recorder:
+                predicted(config).fill(recorder.record)
+            config.record_file.with_suffix(".txt").unlink()
 
 
 def predictions(runs: Iterable[Record]) -> list[Pair]:

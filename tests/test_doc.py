@@ -153,9 +153,8 @@ def test_estimate_of_host_memory_is_near_what_was_measured():
     told = [r for r in evidence.listed(DATA, "deepspeed") if r.host_peak_bytes and not r.run.ds_overrides]
     assert len(told) > 30
     for run in told:
-        near = 0.08 if run.processes == 1 else 0.1  # each process has an allowance
         estimate = host_bytes_needed(run.run, load_model_config(run.run))
-        assert estimate == pytest.approx(run.host_peak_bytes, rel=near), run.run_name
+        assert estimate == pytest.approx(run.host_peak_bytes, rel=0.05), run.run_name
 
 
 def test_fast_preset_takes_no_more_memory_and_less_time_than_the_original():

@@ -9,6 +9,7 @@ Rank 0 is simulated. Partitions are rounded up, so no rank holds more.
 """
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -22,6 +23,10 @@ from src.offload.host_memory import PROCESS_BYTES
 from src.offload_config import OffloadConfig
 from src.predict.fake_gpu import aten
 from src.predict.fake_machine import FakeMachine
+
+# Of the offloaded records under doc/data/.
+MEASURED_RANKS = 2
+MEASURED_MODELS = ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-1B")
 
 _EXCHANGES = ["all_reduce", "all_reduce_coalesced", "inference_all_reduce", "reduce", "send", "recv", "barrier"]
 _EXCHANGES += ["reduce_scatter", "reduce_scatter_tensor", "broadcast", "broadcast_object_list", "gather", "scatter"]
@@ -51,6 +56,16 @@ class SimulatedRank(FakeMachine):
         if func is aten._local_scalar_dense.default and args[0].dtype is torch.uint8:
             return 0
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def unchecked(config: OffloadConfig) -> list[str]:
+    """What of a run no measured record shows, so that nothing but DeepSpeed's own code speaks for its prediction."""
+    places = {"weights on the GPU": config.weights_on_cpu, "optimizer on the GPU": config.optimizer_on_cpu}
+    found = [] if config.zero_stage == 3 else [f"ZeRO-{config.zero_stage}"]
+    found += [name for name, on_cpu in places.items() if not on_cpu]
+    found += [f"{config.world_size} GPUs"] if config.world_size > MEASURED_RANKS else []
+    found += ["micro-batches"] if config.gradient_accumulation_steps > 1 else []
+    return found if config.model_name in MEASURED_MODELS else [*found, config.model_name]
 
 
 class _Nothing:
@@ -86,6 +101,7 @@ def _job(rank: SimulatedRank, world_size: int) -> Iterator[None]:
         stack.enter_context(_process_group(world_size))
         stack.enter_context(mock.patch.dict(vars(groups), {"_WORLD_GROUP": None, "mesh_device": None}))
         stack.enter_context(mock.patch.object(comm, "cdb", None))
+        stack.enter_context(_quiet())
         deepspeed.init_distributed("nccl", verbose=False)
         for patch in (*_silent_peers(comm.cdb), *_nothing_compiled(), *_sound_gradients()):
             stack.enter_context(patch)
@@ -118,6 +134,18 @@ def _accelerator(rank: SimulatedRank) -> Any:
             return rank.card.memory_bytes - rank.live_bytes
 
     return mock.patch.object(real_accelerator, "ds_accelerator", Accelerator())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed warns of this machine, which will run nothing."""
+    logger = logging.getLogger("DeepSpeed")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -121,41 +121,56 @@ def predict(
     Raises `SimulatedOutOfMemory` if the experiment does not fit into `limit_bytes`.
     """
     gpu = FakeGpu(card, limit_bytes) if simulate is None else simulate(config, card, limit_bytes)
+    with simulation(gpu, build) as predicted:
+        return predicted(config, record_frames)
+
+
+@contextlib.contextmanager
+def simulation(gpu: FakeGpu, build: Build) -> Iterator[Callable[..., Prediction]]:
+    """What predicts, on one simulated GPU, one run after the other.
+
+    They can only be several if `build` keeps what it builds, and they differ in their sizes alone.
+    """
     runtime = FakeRuntime(gpu)
+    with patched(), _without_garbage_collector(), runtime.tracking():
+        yield functools.partial(_predicted, runtime, build)
+
+
+def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_frames: bool = False) -> Prediction:
+    gpu = runtime.gpu
     # The weights' values do not matter, so they are never loaded, and no network is used.
     config = dataclasses.replace(config, pretrained=False, dry_run=True)
-    with patched(), _without_garbage_collector(), runtime.tracking():
-        experiment = build(config, runtime)
-        load_peak = runtime.peak_bytes()[0]
+    experiment = build(config, runtime)
+    if not experiment.steps_before:
+        gpu.load_peak_bytes = runtime.peak_bytes()[0]
         experiment.step(no_mark)
-        runtime.release_cache()
-        gpu.record_frames, first_event = record_frames, len(gpu.events)
-        reserved = 0
+    runtime.release_cache()
+    gpu.record_frames, first_event = record_frames, len(gpu.events)
+    reserved = 0
+    attribution = Attribution(gpu, experiment)
 
-        attribution = Attribution(gpu, experiment)
+    def step(mark: Mark) -> torch.Tensor:
+        def enter_phase(phase: str) -> None:
+            nonlocal reserved
+            reserved = max(reserved, runtime.peak_bytes()[1])
+            mark(phase)
 
-        def step(mark: Mark) -> torch.Tensor:
-            def enter_phase(phase: str) -> None:
-                nonlocal reserved
-                reserved = max(reserved, runtime.peak_bytes()[1])
-                mark(phase)
+        return attribution.step(enter_phase)
 
-            return attribution.step(enter_phase)
-
-        phases = measure_phases(step, runtime, lambda: None)
-        return Prediction(
-            config=config,
-            load_peak_bytes=load_peak,
-            phases=phases,
-            peak_reserved_bytes=max(reserved, runtime.peak_bytes()[1]),
-            host_peak_bytes=gpu.host_peak_bytes(),
-            breakdown=timeline(simulated_snapshot(gpu, first_event)).breakdown(),
-            model_flops=flops_per_step(experiment.model, config),
-            implementations=implementations(experiment.model),
-            gpu=gpu,
-            experiment=experiment,
-            first_event=first_event,
-        )
+    phases = measure_phases(step, runtime, lambda: None)
+    return Prediction(
+        config=config,
+        load_peak_bytes=gpu.load_peak_bytes,
+        phases=phases,
+        peak_reserved_bytes=max(reserved, runtime.peak_bytes()[1]),
+        host_peak_bytes=gpu.host_peak_bytes(),
+        breakdown=timeline(simulated_snapshot(gpu, first_event)).breakdown(),
+        model_flops=flops_per_step(experiment.model, config),
+        implementations=implementations(experiment.model),
+        gpu=gpu,
+        experiment=experiment,
+        first_event=first_event,
+    )
 
 
 @contextlib.contextmanager

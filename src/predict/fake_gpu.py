@@ -103,6 +103,7 @@ class FakeGpu(LiveMemory):
         self.events: list[tuple[str, Allocation]] = []  # ("alloc" | "free", which), in order
         self.allocations: dict[Piece, Allocation] = {}  # of the live blocks
         self.record_frames = False
+        self.load_peak_bytes = 0  # while what runs was built
         self._module = ""
         self._inside_operation = False
         self._workspaces: set[bool] = set()  # cuBLAS keeps one for the main thread and one for autograd's
