@@ -23,9 +23,9 @@ from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
 from src.offload_config import PRESETS, OffloadConfig
 from src.record import Record, load, load_all
 from src.record.recorder import Recorder
-from src.study import answers
+from src.study import answers, grids
 from src.study.figures import predicted_and_measured
-from src.study.grids import but_for_sizes, script
+from src.study.grids import but_for_sizes
 from src.techniques import KERNEL_NAMES, STRATEGIES, kernels_only
 from src.utils import GIB, UsageError, ceil_div, next_power_of_two
 
@@ -269,8 +269,8 @@ def predicted_runs() -> list[Record]:
 
 
 def offloaded_runs() -> list[Record]:
-    """Every measured offloaded run."""
-    return listed(DATA, "deepspeed")
+    """Every measured offloaded run that ended well: one that ran out of memory has no peak to compare."""
+    return [run for run in listed(DATA, "deepspeed") if run.status == "ok"]
 
 
 def predict_all() -> None:
@@ -289,7 +289,7 @@ def predict_alike(configs: Sequence[RunConfig]) -> None:
     from src.ds_utils import KeptEngine
     from src.predict import dry_run
 
-    of = script(configs[0].script)
+    of = grids.script(configs[0].script)
     if of.main_for_many is None or dry_run.limit_bytes(configs[0]) is not None:
         for config in configs:
             dry_run.main(config, of)
@@ -318,6 +318,17 @@ def predictions(runs: Iterable[Record]) -> list[Pair]:
 def error(prediction: Record, run: Record) -> float:
     """Of a predicted peak, relative."""
     return prediction.peak_memory_bytes / run.peak_memory_bytes - 1
+
+
+def host_error(prediction: Record, run: Record) -> float | None:
+    """Of a predicted peak of host memory, relative; None if it was not measured."""
+    return None if run.host_peak_bytes is None else prediction.predicted_host_bytes / run.host_peak_bytes - 1
+
+
+def host_errors(runs: Iterable[Record]) -> list[float]:
+    """Those errors without their signs, largest first."""
+    found = (host_error(prediction, run) for prediction, run in predictions(runs))
+    return sorted((abs(off) for off in found if off is not None), reverse=True)
 
 
 def errors(runs: Iterable[Record]) -> list[float]:

@@ -48,7 +48,7 @@ class OffloadConfig(RunConfig):
     without_flag: ClassVar[frozenset[str]] = frozenset({"world_size"})
 
     preset: str = option("original", "the original's settings, or ours for speed", tag="", choices=tuple(PRESETS))
-    world_size: int = option(1, "processes, one per GPU", tag="gpus", bounds=(1, 2**20))
+    world_size: int = option(1, "processes, one per GPU", tag="gpus", flags=("num_gpus",), bounds=(1, 2**20))
     batch_size: int = option(
         4, "sequences per GPU and micro-batch", flags=("per_device_train_batch_size",), bounds=(1, COUNT)
     )
