@@ -70,7 +70,8 @@ def test_prediction_made_now_is_what_the_gpu_measured(name):
 
 
 def fetches(config, runtime):
-    """In the order of a step, the elements that each fetch gathers, and those of each parameter that is let go."""
+    """In the order of a step, the elements that each fetch gathers and the bytes that this rank gives to it; and the
+    elements of each parameter that is let go."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     experiment = script.build_experiment(config, runtime)
@@ -80,8 +81,9 @@ def fetches(config, runtime):
     gather, release = (getattr(coordinator, name) for name in names)
 
     def logged_gather(params, forward):
-        wanted = [p.ds_numel for p in params if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        log.append(("gather", sum(wanted), len(wanted)))
+        wanted = [p for p in params if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        given = sum(p.ds_tensor.nbytes for p in wanted)
+        log.append(("gather", sum(p.ds_numel for p in wanted), given))
         gather(params, forward)
 
     def logged_release(param, *args):
