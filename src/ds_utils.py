@@ -108,6 +108,7 @@ def init_distributed(device: str) -> torch.device:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    _quieten()
     if device == "cuda":
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch sees no CUDA GPU; --device cpu runs the engine without one")
@@ -148,7 +149,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def quieten() -> None:
+def _quieten() -> None:
     """Keep off the console what a user can do nothing about; other warnings pass."""
     logging.getLogger("DeepSpeed").addFilter(_is_for_users)  # the same one again changes nothing
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -178,7 +179,7 @@ def build_engine(config: OffloadConfig, device: torch.device) -> Any:
     """
     import deepspeed
 
-    quieten()
+    _quieten()
     model_config = load_model_config(config)
     if not config.plans:
         _check_measured(config)
