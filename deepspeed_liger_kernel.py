@@ -3,6 +3,7 @@
     bash run_ds.sh                       # the original's settings; its variables are in the script
     bash run_ds.sh --preset fast         # ours, for speed, in no more GPU memory
     deepspeed --num_gpus 1 deepspeed_liger_kernel.py --enable_liger_flce 0 --per_device_train_batch_size 8
+    NUM_GPUS=8 bash run_ds.sh --dry_run  # predict GPU and host memory; needs no GPU
 
 A model under DeepSpeed's ZeRO-3 with weights, gradients and optimizer states in CPU memory, Adam on the CPU and
 gradient checkpointing: what remains on the GPU is activations, and the kernels' effect on them shows. Measures, records
@@ -50,7 +51,9 @@ from src.measure import measure, measure_phases
 from src.measure.devices import CudaRuntime, HostRuntime
 from src.offload import floor, ranks
 from src.offload.experiment import OffloadExperiment
+from src.offload.simulated import SimulatedRank, unchecked
 from src.offload.team import Ranks
+from src.predict import dry_run, frontier
 from src.record.recorder import Recorder
 from src.utils import UsageError, keep_out_of_garbage_collection, print_rank0
 
@@ -81,6 +84,11 @@ def build_experiment(config: OffloadConfig, runtime: Runtime, build: Build = bui
 
 def main(config: OffloadConfig, planned: OffloadConfig | None = None, build: Build = build_engine) -> int:
     """Run what `config` describes, with the engine that `build` makes or keeps; returns the exit status."""
+    if config.plans:
+        status = frontier.main(config, SCRIPT) if config.find_max else dry_run.main(config, SCRIPT)
+        if missing := unchecked(config):
+            print_rank0(f"Not checked against a measurement: {', '.join(missing)}")
+        return status
     ranks.check_environment()
     config = dataclasses.replace(config, world_size=ranks.world_size())
     on_gpu = config.device == "cuda"
@@ -128,6 +136,7 @@ SCRIPT = Script(
     build_experiment=build_experiment,
     main=main,
     main_for_many=main_for_many,
+    simulate=SimulatedRank,
 )
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 #   bash run_ds.sh --preset fast                               # ours, for speed
 #   PER_DEVICE_TRAIN_BATCH_SIZE=32 ENABLE_FLCE=0 bash run_ds.sh
 #   NUM_GPUS=2 bash run_ds.sh
+#   NUM_GPUS=64 bash run_ds.sh --dry_run                       # predicts GPU and host memory; needs no GPU
 #
 # Several machines, a line each in the file: name slots=8. Through ssh without a password and pdsh:
 #   HOSTFILE=hosts bash run_ds.sh
@@ -34,6 +35,12 @@ python -m src.offload.variables run_ds.sh || exit
 [ -z "$NUM_GPUS" ] || is_count "$NUM_GPUS" || refuse "NUM_GPUS must be a number of GPUs, got '$NUM_GPUS'"
 [ -n "$HOSTFILE" ] || [ -z "$NODE_RANK" ] || refuse "NODE_RANK counts the lines of a HOSTFILE: set that, too"
 [ -n "$HOSTFILE$NUM_GPUS" ] || NUM_GPUS=1
+
+plans= # what only predicts needs no launcher: one process simulates one of NUM_GPUS ranks
+for word in "$@"; do
+    [[ ! "$word" =~ ^--(dry_run|find_max)(=|$) || "$word" == --dry_run=0 ]] || plans=1
+done
+[ -z "$plans" ] || [ -z "$HOSTFILE" ] || refuse "a dry run takes no HOSTFILE: NUM_GPUS are the GPUs of all machines"
 
 # DeepSpeed would run on this machine alone if the file were missing, and take GPUs that a machine has no slots for.
 launcher=(--no_local_rank --log_level critical ${MASTER_PORT:+--master_port "$MASTER_PORT"})
@@ -68,7 +75,7 @@ if [ -n "$HOSTFILE" ]; then
     fi
 fi
 
-if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+if [ -n "$plans" ] || python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     device=cuda model=meta-llama/Llama-3.2-1B-Instruct batch=4 length=1024 iterations=5
 else # a size for Triton's interpreter
     export DS_ACCELERATOR=cpu TRITON_INTERPRET=1
@@ -107,8 +114,14 @@ ENABLE_LIGER_FLCE=${ENABLE_LIGER_FLCE:-$ENABLE_FLCE}
 [ "$ENABLE_FLCE" = "$ENABLE_LIGER_FLCE" ] ||
     refuse "ENABLE_FLCE=$ENABLE_FLCE, but ENABLE_LIGER_FLCE=$ENABLE_LIGER_FLCE: set one of them"
 
-exec python -m src.offload.launch "${launcher[@]}" \
-    --module src.offload.rank deepspeed_liger_kernel.py --device "$device" \
+if [ -n "$plans" ]; then
+    command=(python deepspeed_liger_kernel.py --num_gpus "$NUM_GPUS")
+else
+    command=(python -m src.offload.launch "${launcher[@]}" --module src.offload.rank deepspeed_liger_kernel.py)
+    command+=(--device "$device")
+fi
+
+exec "${command[@]}" \
     --model_name "$MODEL_NAME" \
     ${PRESET:+--preset "$PRESET"} \
     --fp16_loss_scale_window "$FP16_LOSS_SCALE_WINDOW" \

@@ -50,6 +50,7 @@ DOC = ROOT / "doc"
 # Each text and the folder of the records that it is made from.
 TEXTS = ["measured", "offload", "scaling", "peak", "parity", "original", "best", "report"]
 DOCUMENTS = dict.fromkeys(TEXTS, "doc/data")
+DOCUMENTS |= {"predicted_offload": "doc/data"}
 DOCUMENTS |= {"levers": "doc/data/h200_offload", "predicted_vs_measured": f"doc/data/{evidence.PREDICTED_RUNS}"}
 # What pandoc makes, of which text, and with which options. The slides' Markdown is not kept.
 OFFICE = {

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from src import machine
 from src.cli import command_line
 from src.config import DTYPES, RunConfig
@@ -20,8 +22,10 @@ from src.families import SHAPES
 from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
 from src.offload_config import PRESETS, OffloadConfig
 from src.record import Record, load, load_and_tell
-from src.study import answers
+from src.record.recorder import Recorder
+from src.study import answers, grids
 from src.study.figures import predicted_and_measured
+from src.study.grids import but_for_sizes
 from src.techniques import KERNEL_NAMES, STRATEGIES, kernels_only
 from src.utils import GIB, UsageError, ceil_div, next_power_of_two
 
@@ -29,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "doc" / "data"
 SOURCE = ROOT / "doc" / "source"
 # The runs of which predictions are kept, and where these are.
-PREDICTED_RUNS, PREDICTIONS = "h100_single_gpu", "predicted_single_gpu"
+PREDICTED_RUNS, PREDICTIONS = "h100_single_gpu", {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
 
 BATCHES = (1, 4, 8, 16, 32)  # of the runs that had a machine for themselves
 OFFLOADED = (("none", 4), ("all", 4), ("none", 32), ("all", 32), ("all", 96))  # kernels and batch
@@ -257,34 +261,62 @@ MODELS = tuple(map(Shape, ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B",
 
 def dry_run_of(run: Record) -> RunConfig:
     """The dry run that predicts a run; of one that ran out of memory, whether it fits the card that it ran on."""
-    place = f"doc/data/{PREDICTIONS}"
-    config = dataclasses.replace(run.run, dry_run=True, result_dir=place, snapshot_dir="", log_dir="")
+    config = run.run
+    if isinstance(config, OffloadConfig):
+        # What changes no peak, so that runs that differ in nothing else share a prediction.
+        usual = {name: getattr(OffloadConfig, name) for name in ("iterations", "warmup", "cpu_threads", "breakdown")}
+        limit = config.memory_limit_gib if run.status == "oom" else None
+        config = dataclasses.replace(config, **usual, memory_limit_gib=limit)
+    place = DATA.relative_to(ROOT) / PREDICTIONS[run.script]
+    config = dataclasses.replace(config, dry_run=True, result_dir=str(place), snapshot_dir="", log_dir="")
     if run.status == "ok" or run.environment.gpu_memory_bytes is None:
         return config
     return dataclasses.replace(config, gpu_memory_gib=run.environment.gpu_memory_bytes / GIB)
 
 
 def predicted_runs() -> list[Record]:
-    """The measured runs of which predictions are kept."""
-    return listed(DATA / PREDICTED_RUNS, "all_gpu")
+    """The measured runs of which predictions are kept: those of one GPU on one machine, and every offloaded one."""
+    return [*listed(DATA / PREDICTED_RUNS, "all_gpu"), *offloaded_runs()]
+
+
+def offloaded_runs() -> list[Record]:
+    """Every measured offloaded run that ended well: one that ran out of memory has no peak to compare."""
+    return [run for run in listed(DATA, "deepspeed") if run.status == "ok"]
 
 
 def predict_all() -> None:
-    """Predict them anew, which takes minutes. A user has the figures as text too; evidence is the records alone."""
-    from all_gpu_liger_kernel import SCRIPT
-    from src.predict import dry_run
-
+    """Predict them anew, which takes half an hour. A user has the figures as text too; evidence is records alone."""
     # Asked once: the records that are written here would make it a changed checkout.
     os.environ.setdefault("GIT_COMMIT", machine.environment(on_gpu=False)["git_commit"])
-    for run in predicted_runs():
-        config = dry_run_of(run)
-        dry_run.main(config, SCRIPT)
-        config.record_file.with_suffix(".txt").unlink()
+    groups: dict[RunConfig, list[RunConfig]] = {}
+    for config in dict.fromkeys(dry_run_of(run) for run in predicted_runs()):
+        groups.setdefault(but_for_sizes(config), []).append(config)
+    for configs in groups.values():
+        predict_alike(configs)
+
+
+def predict_alike(configs: Sequence[RunConfig]) -> None:
+    """Predict runs that differ in their sizes alone, offloaded ones with one engine: building it takes longest."""
+    from src.ds_utils import KeptEngine
+    from src.predict import dry_run
+
+    of = grids.script(configs[0].script)
+    if of.main_for_many is None or dry_run.limit_bytes(configs[0]) is not None:
+        for config in configs:
+            dry_run.main(config, of)
+            config.record_file.with_suffix(".txt").unlink()
+        return
+    build = functools.partial(of.build_experiment, build=KeptEngine())
+    with dry_run.simulation(of.simulate(configs[0], machine.H100, None), build) as predicted:
+        for config in configs:
+            with Recorder(config, "predicted", torch.device("cpu")) as recorder:
+                predicted(config).fill(recorder.record)
+            config.record_file.with_suffix(".txt").unlink()
 
 
 def predictions(runs: Iterable[Record]) -> list[Pair]:
     """Each run's prediction, and the run. Raises `UsageError` if one was not predicted."""
-    kept = {record.run_name: record for record in folder(PREDICTIONS).records}
+    kept = {record.run_name: record for name in PREDICTIONS.values() for record in folder(name).records}
     pairs = []
     for run in runs:
         name = dry_run_of(run).run_name
@@ -297,6 +329,17 @@ def predictions(runs: Iterable[Record]) -> list[Pair]:
 def error(prediction: Record, run: Record) -> float:
     """Of a predicted peak, relative."""
     return prediction.peak_memory_bytes / run.peak_memory_bytes - 1
+
+
+def host_error(prediction: Record, run: Record) -> float | None:
+    """Of a predicted peak of host memory, relative; None if it was not measured."""
+    return None if run.host_peak_bytes is None else prediction.predicted_host_bytes / run.host_peak_bytes - 1
+
+
+def host_errors(runs: Iterable[Record]) -> list[float]:
+    """Those errors without their signs, largest first."""
+    found = (host_error(prediction, run) for prediction, run in predictions(runs))
+    return sorted((abs(off) for off in found if off is not None), reverse=True)
 
 
 def errors(runs: Iterable[Record]) -> list[float]:

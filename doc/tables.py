@@ -146,6 +146,22 @@ def predicted(pairs: Sequence[Pair]) -> str:
     return markdown_table([*CELL, "measured GiB", "predicted GiB", "error", "accelerate", "DeepSpeed"], rows)
 
 
+def predicted_offload(pairs: Sequence[Pair]) -> str:
+    """Measured and predicted peak of the GPU and of the host, and the errors; where a host was not measured, none."""
+    rows = []
+    for prediction, run in pairs:
+        peaks = [f"{record.peak_memory_bytes / GIB:,.3f}" for record in (run, prediction)]
+        host = [
+            f"{count / GIB:,.2f}" if count else "" for count in (run.host_peak_bytes, prediction.predicted_host_bytes)
+        ]
+        off = evidence.host_error(prediction, run)
+        figures = [*peaks, f"{evidence.error(prediction, run):+.3%}", *host, "" if off is None else f"{off:+.1%}"]
+        rows.append([*_cell(run), run.run.preset, str(run.processes), *figures])
+    gpu = ["measured GiB", "predicted GiB", "error"]
+    host = ["host measured GiB", "host predicted GiB", "host error"]
+    return markdown_table([*CELL, "preset", "GPUs", *gpu, *host], rows)
+
+
 def offload(runs: Sequence[Record]) -> str:
     """Peak and speed of each offloaded run, what bounds it, and the host memory it took."""
     rows, spread = [], answers.step_times(runs)

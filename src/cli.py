@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from src import families, machine, program, techniques
+from src import families, machine, overrides, program, techniques
 from src.config import RunConfig
 from src.offload import ranks
 from src.offload_config import PRESETS, OffloadConfig
@@ -37,9 +37,11 @@ def command_line(
         given = vars(make_parser(description, defaults).parse_args(words))
         given.pop("local_rank", None)  # launchers pass it on; the environment says the same
         ranks.check_environment(defaults.script)
+        if "ds_override" in given:
+            given["ds_override"] = overrides.normalised(given["ds_override"])
         preset = PRESETS[given.get("preset", defaults.preset)] if isinstance(defaults, OffloadConfig) else {}
         planned = _complete(dataclasses.replace(defaults, **preset | given | {"device": "cuda"}), given)
-        device = "cuda" if _plans(planned) else given.get("device", defaults.device)
+        device = "cuda" if _plans(planned, given) else given.get("device", defaults.device)
         if device == "auto":
             device = "cuda" if machine.has_gpu() else "cpu"
         config = planned
@@ -62,12 +64,13 @@ def _complete(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
     return complete
 
 
-def _plans(config: RunConfig) -> bool:
+def _plans(config: RunConfig, given: Mapping[str, Any]) -> bool:
     """Whether a dry run or a search is asked for: they plan for a GPU, whether there is one or not."""
-    plans = config.dry_run or config.find_max is not None
-    if config.gpu_memory_gib is not None and not plans:
+    if config.gpu_memory_gib is not None and not config.plans:
         raise UsageError("--gpu_memory_gib is for --dry_run and --find_max; --memory_limit_gib caps a measured run")
-    return plans
+    if "world_size" in given and not config.plans:
+        raise UsageError("--num_gpus is for --dry_run and --find_max; a run has as many as its launcher starts")
+    return config.plans
 
 
 def make_parser(description: str | None, defaults: RunConfig) -> argparse.ArgumentParser:
@@ -93,6 +96,7 @@ def make_parser(description: str | None, defaults: RunConfig) -> argparse.Argume
             const="flash_attention_2",
             help="the same as --attention flash_attention_2",
         )
+        parser.add_argument("--num_gpus", dest="world_size", type=int, help="GPUs of a dry run, from 1 (default: 1)")
         parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 

@@ -136,6 +136,11 @@ class RunConfig(Techniques):
         return self.global_batch_size * self.seq_length
 
     @property
+    def plans(self) -> bool:
+        """Whether nothing is to run: a dry run or a search."""
+        return self.dry_run or self.find_max is not None
+
+    @property
     def kernels(self) -> tuple[str, ...]:
         """Names of the Liger kernels that are on."""
         return tuple(name for name in KERNEL_NAMES if getattr(self, name))

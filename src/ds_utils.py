@@ -31,7 +31,7 @@ def zero3_config(config: OffloadConfig, model_config: PretrainedConfig) -> dict[
     """DeepSpeed's configuration of the experiment; sizes are in elements."""
     layer, rest = parameter_counts(model_config)
     zero: dict[str, Any] = {
-        "stage": 3,
+        "stage": config.zero_stage,
         "overlap_comm": True,
         "contiguous_gradients": config.optimizer == "deepspeed_cpu_adam",  # ours needs no bucket to copy into
         "offload_param": {"device": "cpu", "pin_memory": True},
@@ -47,7 +47,9 @@ def zero3_config(config: OffloadConfig, model_config: PretrainedConfig) -> dict[
         zero["stage3_max_live_parameters"] = rest + layer * (config.prefetch_layers + 2)
         # Nothing stays on the GPU between its uses; DeepSpeed's default would keep a model of this size whole.
         zero["stage3_max_reuse_distance"] = 0
-    if config.fetch_layers:
+    if config.zero_stage < 3:  # weights are whole on every GPU
+        zero = {key: value for key, value in zero.items() if key != "offload_param" and not key.startswith("stage3_")}
+    elif config.fetch_layers:
         zero["leaf_module"] = {"classes": [family_of(model_config).decoder_layer]}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch_size,
@@ -149,7 +151,7 @@ def free_port() -> int:
 
 def _quieten() -> None:
     """Keep off the console what a user can do nothing about; other warnings pass."""
-    logging.getLogger("DeepSpeed").addFilter(_is_for_users)
+    logging.getLogger("DeepSpeed").addFilter(_is_for_users)  # the same one again changes nothing
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", message="barrier\\(\\): using the device under current context")
     # PyTorch counts calls of an optimizer's step(), which ours does not have.
@@ -177,11 +179,14 @@ def build_engine(config: OffloadConfig, device: torch.device) -> Any:
     """
     import deepspeed
 
+    _quieten()
     model_config = load_model_config(config)
-    check_host_memory(config, model_config)
+    if not config.plans:
+        _check_measured(config)
+        check_host_memory(config, model_config)
+        _announce_compilation(config)
     settings = zero3_config(config, model_config)
     _check_accepted(settings)
-    _announce_compilation(config)
     # While this object lives, transformers builds and loads models partitioned.
     partitioned = HfDeepSpeedConfig(settings)
     model = build_model(config, device)
@@ -191,7 +196,8 @@ def build_engine(config: OffloadConfig, device: torch.device) -> Any:
             model=model, optimizer=optimizer, lr_scheduler=build_scheduler(optimizer, config), config=settings
         )
     del partitioned
-    _let_reports_through()
+    if not config.plans:
+        _let_reports_through()
     return engine
 
 
@@ -211,6 +217,11 @@ class KeptEngine:
         load_model_config(config)  # a length that the model cannot take is refused here, too
         self._engine.set_train_micro_batch_size(config.batch_size)
         return self._engine
+
+
+def _check_measured(config: OffloadConfig) -> None:
+    if not config.optimizer_on_cpu:
+        raise UsageError("--ds_override: with its optimizer on the GPU this script predicts only: add --dry_run")
 
 
 def _check_accepted(settings: dict[str, Any]) -> None:

@@ -84,6 +84,8 @@ class Script:
     main: Callable[..., int]  # runs one configuration; returns the exit status
     # Makes a `main` for several runs in one process that differ in their sizes alone, and share what it builds.
     main_for_many: Callable[[], Callable[..., int]] | None = None
+    # simulate(config, card, limit_bytes) is what its dry runs run on; None: a GPU alone.
+    simulate: Callable[..., Any] | None = None
 
 
 Build = Callable[[RunConfig, Runtime], Experiment]

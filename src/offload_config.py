@@ -1,10 +1,10 @@
 """What one run of the offloaded script is: `OffloadConfig`, its presets, and which script has which configuration."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from src import overrides
 from src.config import COUNT, DTYPES, RunConfig, option
 from src.utils import UsageError
 
@@ -45,10 +45,10 @@ class OffloadConfig(RunConfig):
     """One run under ZeRO-3 with everything offloaded to the CPU. Run names are relative to the preset."""
 
     script: ClassVar[str] = "deepspeed"
-    without_flag: ClassVar[frozenset[str]] = frozenset({"world_size", "dry_run", "gpu_memory_gib", "find_max"})
+    without_flag: ClassVar[frozenset[str]] = frozenset({"world_size"})
 
     preset: str = option("original", "the original's settings, or ours for speed", tag="", choices=tuple(PRESETS))
-    world_size: int = option(1, "processes, one per GPU", tag="gpus", bounds=(1, 2**20))
+    world_size: int = option(1, "processes, one per GPU", tag="gpus", flags=("num_gpus",), bounds=(1, 2**20))
     batch_size: int = option(
         4, "sequences per GPU and micro-batch", flags=("per_device_train_batch_size",), bounds=(1, COUNT)
     )
@@ -92,7 +92,10 @@ class OffloadConfig(RunConfig):
         None, "threads of overlapped_cpu_adam; default: all cores but one", tag="threads", bounds=(1, 2**20)
     )
     ds_override: str = option(
-        "{}", "JSON merged into the DeepSpeed configuration; null removes", tag="ds", longest=2**20
+        "{}",
+        'JSON, or a file of it, merged into DeepSpeed\'s configuration; null removes, "auto" is ours',
+        tag="ds",
+        longest=2**20,
     )
     step_per_print: int = option(10, "steps between DeepSpeed's own reports", bounds=(1, COUNT))
 
@@ -102,7 +105,7 @@ class OffloadConfig(RunConfig):
             raise UsageError("--optimizer overlapped_cpu_adam has no fp16: use --dtype bf16")
         if self.optimizer_states == "bf16" and self.dtype != "bf16":
             raise UsageError(f"--optimizer_states bf16 goes with --dtype bf16, not {self.dtype}")
-        self.ds_overrides  # noqa: B018  a malformed one is told now
+        overrides.check(self)  # a malformed one is told now
 
     def refusal_on_cpu(self) -> str | None:
         """Why a machine without a GPU cannot run this, in one line; None if it can."""
@@ -112,14 +115,23 @@ class OffloadConfig(RunConfig):
 
     @property
     def ds_overrides(self) -> dict[str, Any]:
-        """`ds_override`, parsed."""
-        try:
-            overrides = json.loads(self.ds_override)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"--ds_override is not JSON: {error}") from error
-        if not isinstance(overrides, dict):
-            raise UsageError("--ds_override must be a JSON object")
-        return overrides
+        """`ds_override`, parsed; what is left to us is not in it."""
+        return overrides.parsed(self.ds_override)
+
+    @property
+    def zero_stage(self) -> int:
+        """What is partitioned among the ranks: 1 optimizer states, 2 gradients too, 3 weights too."""
+        return overrides.stage(self.ds_overrides)
+
+    @property
+    def weights_on_cpu(self) -> bool:
+        """Whether the host keeps the weights; only ZeRO-3 can."""
+        return self.zero_stage == 3 and overrides.is_offloaded(self.ds_overrides, "offload_param")
+
+    @property
+    def optimizer_on_cpu(self) -> bool:
+        """Whether the host keeps the optimizer's states, and updates there."""
+        return overrides.is_offloaded(self.ds_overrides, "offload_optimizer")
 
     @property
     def global_batch_size(self) -> int:
@@ -132,7 +144,15 @@ class OffloadConfig(RunConfig):
         processes = f" x {self.world_size} processes" if self.world_size > 1 else ""
         size = f"batch {self.batch_size} x {self.seq_length} tokens{self._times()}{processes}"
         states = f"{self.dtype} with {self.optimizer_states} optimizer states"
-        return f"{size}, {states}, ZeRO-3 offload, preset {self.preset}"
+        return f"{size}, {states}, {self._zero}, preset {self.preset}"
+
+    @property
+    def _zero(self) -> str:
+        if self.zero_stage == 3 and self.weights_on_cpu and self.optimizer_on_cpu:
+            return "ZeRO-3 offload"
+        places = ["GPU", "CPU"]
+        weights, optimizer = places[self.weights_on_cpu], places[self.optimizer_on_cpu]
+        return f"ZeRO-{self.zero_stage} with weights on the {weights} and optimizer on the {optimizer}"
 
     def _original_name(self) -> str:
         return (

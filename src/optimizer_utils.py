@@ -23,12 +23,14 @@ def build_loss_scaler(config: RunConfig, device: torch.device) -> torch.amp.Grad
 
 
 def build_offload_optimizer(model: torch.nn.Module, config: OffloadConfig) -> torch.optim.Optimizer:
-    """AdamW on the CPU, DeepSpeed's or ours; compiles it at first use."""
+    """AdamW on the CPU, DeepSpeed's or ours, compiled at first use; or PyTorch's where the GPU keeps the states."""
     settings: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.beta_0, config.beta_1),
         "weight_decay": config.weight_decay,
     }
+    if not config.optimizer_on_cpu:
+        return torch.optim.AdamW(model.parameters(), **settings, fused=True)
     if config.optimizer == "deepspeed_cpu_adam":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -13,6 +13,7 @@ from src.cli import command_line
 from src.config import RunConfig
 from src.families import SHAPES
 from src.offload_config import CONFIGS, PRESETS, OffloadConfig
+from src.overrides import normalised
 from src.record import load
 from src.record.record import record_files
 from src.techniques import TECHNIQUES, Technique, kernels_only
@@ -38,7 +39,7 @@ def values_of(f):
     if choices:
         return st.sampled_from(choices)
     if f.name == "ds_override":
-        return st.dictionaries(st.text(max_size=9), st.integers(), max_size=2).map(json.dumps)
+        return st.dictionaries(st.text(max_size=9), st.integers(), max_size=2).map(json.dumps).map(normalised)
     if kind is bool:
         return st.booleans()
     low, high = bounds or (None, None)

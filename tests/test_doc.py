@@ -190,9 +190,8 @@ def test_estimate_of_host_memory_is_near_what_was_measured():
     told = [r for r in evidence.listed(DATA, "deepspeed") if r.host_peak_bytes and not r.run.ds_overrides]
     assert len(told) > 30
     for run in told:
-        near = 0.08 if run.processes == 1 else 0.1  # each process has an allowance
         estimate = host_bytes_needed(run.run, load_model_config(run.run))
-        assert estimate == pytest.approx(run.host_peak_bytes, rel=near), run.run_name
+        assert estimate == pytest.approx(run.host_peak_bytes, rel=0.05), run.run_name
 
 
 def test_fast_preset_takes_no_more_memory_and_less_time_than_the_original():
@@ -207,8 +206,13 @@ def test_fast_preset_takes_no_more_memory_and_less_time_than_the_original():
 
 def test_every_measured_run_has_its_prediction_which_is_no_run_of_a_study():
     pairs = evidence.predictions(evidence.predicted_runs())
-    assert len(pairs) == len(evidence.folder(evidence.PREDICTIONS).records) == 75
+    counts = {name: len(evidence.folder(place).records) for name, place in evidence.PREDICTIONS.items()}
+    assert counts["all_gpu"] == len([run for _, run in pairs if run.script == "all_gpu"]) == 75
+    assert 0 < counts["deepspeed"] <= len(pairs) - 75  # runs that differ only in what changes no peak share one
     for prediction, run in pairs:
+        assert prediction.mode == "predicted"
+        if run.script == "deepspeed":
+            continue
         same = dataclasses.replace(answers.settings(run.run), gpu_memory_gib=prediction.run.gpu_memory_gib)
         assert answers.settings(prediction.run) == same
         assert prediction.mode == "predicted"

@@ -62,6 +62,7 @@ class CachingAllocator:
         self.reserved_bytes = 0
         self.peak_allocated_bytes = 0
         self.peak_reserved_bytes = 0
+        self.most_reserved_bytes = 0  # ever, whatever was reset
         self.segments: dict[int, Piece] = {}  # address -> first block
         # Free blocks of each pool as (size, address, block), sorted: the first that is large enough is the best fit.
         self._small: list[tuple[int, int, Piece]] = []
@@ -125,6 +126,7 @@ class CachingAllocator:
         self.segments[block.address] = block
         self.reserved_bytes += segment_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+        self.most_reserved_bytes = max(self.most_reserved_bytes, self.reserved_bytes)
         return block
 
     def _split(self, block: Piece, size: int) -> None:

@@ -6,8 +6,9 @@ change of the experiment. Nothing is computed: there are no times, and no loss.
 
 import contextlib
 import dataclasses
+import functools
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,9 @@ from src.predict.simulated_snapshot import simulated_snapshot
 from src.record import Record
 from src.record.recorder import Recorder
 from src.utils import GIB, UsageError, aligned_table, format_bytes, print_rank0
+
+# What runs a configuration on a card, of which the allocator may reserve so many bytes.
+Simulate = Callable[[RunConfig, Gpu, int | None], FakeGpu]
 
 
 class FakeRuntime:
@@ -74,6 +78,7 @@ class Prediction:
     load_peak_bytes: int
     phases: PhasePeaks
     peak_reserved_bytes: int
+    host_peak_bytes: int | None  # of the whole job; None: not simulated
     breakdown: dict[str, int]  # category -> bytes at the peak; sums to peak_bytes
     model_flops: int
     implementations: dict[str, str]
@@ -94,6 +99,7 @@ class Prediction:
         record.load_peak_bytes = self.load_peak_bytes
         record.peak_memory_bytes = self.peak_bytes
         record.peak_reserved_bytes = self.peak_reserved_bytes
+        record.predicted_host_bytes = self.host_peak_bytes
         record.phase_peak_bytes = self.phases.peak_bytes
         record.peak_phase = self.phases.phase
         record.peak_breakdown = self.breakdown
@@ -107,48 +113,65 @@ def predict(
     card: Gpu = H100,
     limit_bytes: int | None = None,
     record_frames: bool = False,
+    simulate: Simulate | None = None,
 ) -> Prediction:
-    """Simulate `config` on `card`; `limit_bytes` bounds what the allocator may reserve.
+    """Simulate `config` on `card`, or what `simulate` makes of it; `limit_bytes` bounds what may be reserved.
 
     `record_frames` keeps the Python stack of every request of the step, for a snapshot.
 
     Raises `SimulatedOutOfMemory` if the experiment does not fit into `limit_bytes`.
     """
-    gpu = FakeGpu(card, limit_bytes)
+    gpu = FakeGpu(card, limit_bytes) if simulate is None else simulate(config, card, limit_bytes)
+    with simulation(gpu, build) as predicted:
+        return predicted(config, record_frames)
+
+
+@contextlib.contextmanager
+def simulation(gpu: FakeGpu, build: Build) -> Iterator[Callable[..., Prediction]]:
+    """What predicts, on one simulated GPU, one run after the other.
+
+    They can only be several if `build` keeps what it builds, and they differ in their sizes alone.
+    """
     runtime = FakeRuntime(gpu)
-    # The weights' values do not matter, so they are never loaded, and no network is used.
-    config = dataclasses.replace(config, pretrained=False)
     with patched(), _without_garbage_collector(), runtime.tracking():
-        experiment = build(config, runtime)
-        load_peak = runtime.peak_bytes()[0]
+        yield functools.partial(_predicted, runtime, build)
+
+
+def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_frames: bool = False) -> Prediction:
+    gpu = runtime.gpu
+    # The weights' values do not matter, so they are never loaded, and no network is used.
+    config = dataclasses.replace(config, pretrained=False, dry_run=True)
+    experiment = build(config, runtime)
+    if not experiment.steps_before:
+        gpu.load_peak_bytes = runtime.peak_bytes()[0]
         experiment.step(no_mark)
-        runtime.release_cache()
-        gpu.record_frames, first_event = record_frames, len(gpu.events)
-        reserved = 0
+    runtime.release_cache()
+    gpu.record_frames, first_event = record_frames, len(gpu.events)
+    reserved = 0
+    attribution = Attribution(gpu, experiment)
 
-        attribution = Attribution(gpu, experiment)
+    def step(mark: Mark) -> torch.Tensor:
+        def enter_phase(phase: str) -> None:
+            nonlocal reserved
+            reserved = max(reserved, runtime.peak_bytes()[1])
+            mark(phase)
 
-        def step(mark: Mark) -> torch.Tensor:
-            def enter_phase(phase: str) -> None:
-                nonlocal reserved
-                reserved = max(reserved, runtime.peak_bytes()[1])
-                mark(phase)
+        return attribution.step(enter_phase)
 
-            return attribution.step(enter_phase)
-
-        phases = measure_phases(step, runtime, lambda: None)
-        return Prediction(
-            config=config,
-            load_peak_bytes=load_peak,
-            phases=phases,
-            peak_reserved_bytes=max(reserved, runtime.peak_bytes()[1]),
-            breakdown=timeline(simulated_snapshot(gpu, first_event)).breakdown(),
-            model_flops=flops_per_step(experiment.model, config),
-            implementations=implementations(experiment.model),
-            gpu=gpu,
-            experiment=experiment,
-            first_event=first_event,
-        )
+    phases = measure_phases(step, runtime, lambda: None)
+    return Prediction(
+        config=config,
+        load_peak_bytes=gpu.load_peak_bytes,
+        phases=phases,
+        peak_reserved_bytes=max(reserved, runtime.peak_bytes()[1]),
+        host_peak_bytes=gpu.host_peak_bytes(),
+        breakdown=timeline(simulated_snapshot(gpu, first_event)).breakdown(),
+        model_flops=flops_per_step(experiment.model, config),
+        implementations=implementations(experiment.model),
+        gpu=gpu,
+        experiment=experiment,
+        first_event=first_event,
+    )
 
 
 @contextlib.contextmanager
@@ -192,7 +215,7 @@ def main(config: RunConfig, script: Script) -> int:
     recorder = Recorder(config, "predicted", torch.device("cpu"))
     with recorder:
         recorder.record.simulated_gpu = H100.name
-        prediction, refused = _predict_on_card(config, script.build_experiment)
+        prediction, refused = _predict_on_card(config, script)
         prediction.fill(recorder.record)
         if config.snapshot_dir:
             save(simulated_snapshot(prediction.gpu, prediction.first_event), config.snapshot_file)
@@ -204,13 +227,15 @@ def main(config: RunConfig, script: Script) -> int:
     return status
 
 
-def _predict_on_card(config: RunConfig, build: Build) -> tuple[Prediction, SimulatedOutOfMemory | None]:
+def _predict_on_card(config: RunConfig, script: Script) -> tuple[Prediction, SimulatedOutOfMemory | None]:
     """What `config` does on its card; if that has no room for it, what it would do on one that has, and the refusal."""
-    with_frames = bool(config.snapshot_dir)
+    simulated = functools.partial(
+        predict, config, script.build_experiment, record_frames=bool(config.snapshot_dir), simulate=script.simulate
+    )
     try:
-        return predict(config, build, limit_bytes=room(config), record_frames=with_frames), None
+        return simulated(limit_bytes=room(config)), None
     except SimulatedOutOfMemory as error:
-        return predict(config, build, record_frames=with_frames), error
+        return simulated(), error
 
 
 def forecast(config: RunConfig, build: Build, variants: Mapping[str, Mapping[str, object]]) -> str:

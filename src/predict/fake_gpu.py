@@ -104,6 +104,7 @@ class FakeGpu(LiveMemory):
         self.events: list[tuple[str, Allocation]] = []  # ("alloc" | "free", which), in order
         self.allocations: dict[Piece, Allocation] = {}  # of the live blocks
         self.record_frames = False
+        self.load_peak_bytes = 0  # while what runs was built
         self._module = ""
         self._inside_operation = False
         self._workspaces: set[bool] = set()  # cuBLAS keeps one for the main thread and one for autograd's
@@ -118,6 +119,10 @@ class FakeGpu(LiveMemory):
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False))
             stack.enter_context(self)
             yield
+
+    def host_peak_bytes(self) -> int | None:
+        """Host memory that the whole job has taken at most; None: not simulated."""
+        return None
 
     def set_label(self, label: str) -> None:
         """Who asks for memory from now on: "module|operation"."""

@@ -11,7 +11,7 @@ from src.experiment import Build, Script
 from src.machine import H100, Gpu, this_gpu
 from src.model_utils import load_model_config
 from src.predict.allocator import SimulatedOutOfMemory
-from src.predict.dry_run import Prediction, limit_bytes, predict
+from src.predict.dry_run import Prediction, Simulate, limit_bytes, predict
 from src.record import Frontier
 from src.record.recorder import Recorder
 from src.record.report import files_written, summary
@@ -48,13 +48,16 @@ def largest_size(config: RunConfig) -> int:
     return min(positions, MAX_TOKENS // config.batch_size)
 
 
-def predicted_frontier(config: RunConfig, build: Build, card: Gpu, limit: int) -> tuple[int, Prediction | None]:
+def predicted_frontier(
+    config: RunConfig, build: Build, card: Gpu, limit: int, simulate: Simulate | None = None
+) -> tuple[int, Prediction | None]:
     """The largest size predicted to fit `card` with `limit` bytes of reserved memory, and its prediction."""
     predictions: dict[int, Prediction] = {}
 
     def fits(size: int) -> bool:
         try:
-            predictions[size] = predict(_sized(config, size), build, card=card, limit_bytes=limit)
+            sized = _sized(config, size)
+            predictions[size] = predict(sized, build, card=card, limit_bytes=limit, simulate=simulate)
         except SimulatedOutOfMemory:
             _tell(f"{config.find_max} {size:,}: does not fit")
             return False
@@ -99,18 +102,20 @@ def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], ex
 
 def main(config: RunConfig, script: Script) -> int:
     """Search, print and record the frontier; returns the exit status."""
-    on_gpu = torch.cuda.is_available() and not config.dry_run
+    # Engines of several sizes cannot follow each other in one process, so offloaded runs are searched for on fakes.
+    on_gpu = torch.cuda.is_available() and not config.dry_run and script.simulate is None
     card = this_gpu() if on_gpu else H100
     limit = limit_bytes(config) or card.memory_bytes - card.context_bytes
     recorder = Recorder(config, "predicted", torch.device("cpu"))
     record = recorder.record
     with recorder:
-        size, prediction = predicted_frontier(config, script.build_experiment, card, limit)
+        size, prediction = predicted_frontier(config, script.build_experiment, card, limit, script.simulate)
         record.simulated_gpu = card.name
         record.frontier = Frontier(searched=config.find_max, limit_bytes=limit, predicted=size)
         if prediction is None:
             smallest = _sized(config, GRANULARITY[config.find_max])
-            predict(smallest, script.build_experiment, card=card, limit_bytes=limit)  # raises what does not fit
+            # Raises what does not fit.
+            predict(smallest, script.build_experiment, card=card, limit_bytes=limit, simulate=script.simulate)
         prediction.fill(record)
         print_rank0(_summary(config, prediction, card, limit))
         if on_gpu:

@@ -133,6 +133,7 @@ class Record(_Typed):
     allocation_retries: int | None = None  # times the GPU or its limit was full and the allocator gave its cache back
     device_used_bytes: Bytes | None = None
     host_peak_bytes: Bytes | None = None
+    predicted_host_bytes: Bytes | None = None  # of a prediction: host memory of the whole job, on all its machines
     load_peak_bytes: Bytes | None = None  # peak while building the model, before the first step
     step_seconds: Annotated[list[Seconds], pydantic.Field(min_length=1)] | None = None
     latency_s: Seconds | None = None  # the median of them

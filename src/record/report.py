@@ -164,6 +164,9 @@ def _figures(record: Record) -> str:
         rows += _speed_rows(record)
     if record.host_peak_bytes is not None:
         rows.append(("Host memory peak", format_bytes(record.host_peak_bytes), ""))
+    if record.predicted_host_bytes is not None:
+        share = format_bytes(record.predicted_host_bytes // record.processes)
+        rows.append(("Host memory peak", format_bytes(record.predicted_host_bytes), f"{share} for each GPU"))
     if record.losses is not None:
         rows.append(("Loss", _number(record.loss), "last timed step"))
         rows.append(("Gradient norm", _number(record.grad_norm), "one more step"))

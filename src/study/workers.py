@@ -99,7 +99,7 @@ class Job:
 def _ranks_of(config: RunConfig) -> list[dict[str, str]]:
     """What a launcher tells each process of a job by its environment; nothing to a single one."""
     count = getattr(config, "world_size", 1)
-    if count == 1:
+    if count == 1 or config.plans:  # one process simulates one of the ranks
         return [{}]
     from src.ds_utils import free_port
 
