@@ -4,6 +4,7 @@ Such a file comes from anywhere. It must not run code, ask a question, hang or f
 beyond a plain causal language model is refused, because a figure for another model would be wrong.
 """
 
+import importlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,10 +91,15 @@ def read(path: Path, model_name: str) -> transformers.PretrainedConfig:
 
 
 def one_layer_model(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
-    """The model with a single decoder layer and no data. A dry run that counts memory does not see it."""
+    """The model with a single decoder layer and no data. A dry run that counts memory does not see it.
+
+    Hugging Face's `from_config` would partition it where ZeRO-3 is on, and there is nothing to partition.
+    """
     values = config.to_dict() | {"num_hidden_layers": 1, "layer_types": None}
+    family = FAMILIES[config.model_type]
+    model_class = getattr(importlib.import_module(family.module), family.causal_lm)
     with _disable_current_modes(), torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(type(config).from_dict(values))
+        return model_class(type(config).from_dict(values))
 
 
 def _json(path: Path) -> Any:
