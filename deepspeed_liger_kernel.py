@@ -82,10 +82,15 @@ def build_experiment(config: OffloadConfig, runtime: Runtime, build: Build = bui
     return OffloadExperiment(engine, step, engine.global_steps, engine.skipped_steps)
 
 
-def main(config: OffloadConfig, planned: OffloadConfig | None = None, build: Build = build_engine) -> int:
+def main(
+    config: OffloadConfig,
+    planned: OffloadConfig | None = None,
+    build: Build = build_engine,
+    predict: Callable[..., int] = dry_run.main,
+) -> int:
     """Run what `config` describes, with the engine that `build` makes or keeps; returns the exit status."""
     if config.plans:
-        status = frontier.main(config, SCRIPT) if config.find_max else dry_run.main(config, SCRIPT)
+        status = frontier.main(config, SCRIPT) if config.find_max else predict(config, SCRIPT)
         if missing := unchecked(config):
             print_rank0(f"Not checked against a measurement: {', '.join(missing)}")
         return status
@@ -126,7 +131,12 @@ def main(config: OffloadConfig, planned: OffloadConfig | None = None, build: Bui
 
 def main_for_many() -> Callable[..., int]:
     """`main` for several runs in one process, which differ in their sizes alone: they share an engine."""
-    return functools.partial(main, build=KeptEngine())
+    return functools.partial(main, build=KeptEngine(), predict=kept_dry_runs())
+
+
+def kept_dry_runs() -> dry_run.KeptDryRuns:
+    """The same, of dry runs."""
+    return dry_run.KeptDryRuns(functools.partial(build_experiment, build=KeptEngine()))
 
 
 SCRIPT = Script(
@@ -137,6 +147,7 @@ SCRIPT = Script(
     main=main,
     main_for_many=main_for_many,
     simulate=SimulatedRank,
+    kept_dry_runs=kept_dry_runs,
 )
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 A record that is missing is a `UsageError`: no document is made without what it speaks of.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -10,8 +11,6 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from src import machine
 from src.cli import command_line
@@ -22,7 +21,6 @@ from src.families import SHAPES
 from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
 from src.offload_config import PRESETS, OffloadConfig
 from src.record import Record, load, load_and_tell
-from src.record.recorder import Recorder
 from src.study import answers, grids
 from src.study.figures import predicted_and_measured
 from src.study.grids import but_for_sizes
@@ -274,44 +272,32 @@ def dry_run_of(run: Record) -> RunConfig:
     return dataclasses.replace(config, gpu_memory_gib=run.environment.gpu_memory_bytes / GIB)
 
 
-def predicted_runs() -> list[Record]:
-    """The measured runs of which predictions are kept: those of one GPU on one machine, and every offloaded one."""
-    return [*listed(DATA / PREDICTED_RUNS, "all_gpu"), *offloaded_runs()]
+def single_gpu_runs() -> list[Record]:
+    """The measured runs of one GPU of which predictions are kept: those of one machine."""
+    return listed(DATA / PREDICTED_RUNS, "all_gpu")
 
 
 def offloaded_runs() -> list[Record]:
-    """Every measured offloaded run that ended well: one that ran out of memory has no peak to compare."""
-    return [run for run in listed(DATA, "deepspeed") if run.status == "ok"]
+    """Every measured offloaded run that has a result; one that ran out of memory has no peak to compare."""
+    return [run for run in listed(DATA, "deepspeed") if run.mode == "measured" and run.status != "error"]
 
 
 def predict_all() -> None:
     """Predict them anew, which takes half an hour. A user has the figures as text too; evidence is records alone."""
+    from src.predict import dry_run
+
     # Asked once: the records that are written here would make it a changed checkout.
     os.environ.setdefault("GIT_COMMIT", machine.environment(on_gpu=False)["git_commit"])
     groups: dict[RunConfig, list[RunConfig]] = {}
-    for config in dict.fromkeys(dry_run_of(run) for run in predicted_runs()):
+    for config in dict.fromkeys(dry_run_of(run) for run in [*single_gpu_runs(), *offloaded_runs()]):
         groups.setdefault(but_for_sizes(config), []).append(config)
     for configs in groups.values():
-        predict_alike(configs)
-
-
-def predict_alike(configs: Sequence[RunConfig]) -> None:
-    """Predict runs that differ in their sizes alone, offloaded ones with one engine: building it takes longest."""
-    from src.ds_utils import KeptEngine
-    from src.predict import dry_run
-
-    of = grids.script(configs[0].script)
-    if of.main_for_many is None or dry_run.limit_bytes(configs[0]) is not None:
-        for config in configs:
-            dry_run.main(config, of)
-            config.record_file.with_suffix(".txt").unlink()
-        return
-    build = functools.partial(of.build_experiment, build=KeptEngine())
-    with dry_run.simulation(of.simulate(configs[0], machine.H100, None), build) as predicted:
-        for config in configs:
-            with Recorder(config, "predicted", torch.device("cpu")) as recorder:
-                predicted(config).fill(recorder.record)
-            config.record_file.with_suffix(".txt").unlink()
+        of = grids.script(configs[0].script)
+        with contextlib.ExitStack() as stack:
+            main = stack.enter_context(of.kept_dry_runs()) if of.kept_dry_runs else dry_run.main
+            for config in configs:
+                main(config, of)
+                config.record_file.with_suffix(".txt").unlink()
 
 
 def predictions(runs: Iterable[Record]) -> list[Pair]:

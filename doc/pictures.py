@@ -47,7 +47,7 @@ def all_figures() -> Iterator[tuple[str, Figure]]:
     yield "original.png", original()
     yield "ladder.png", ladder()
     yield "convergence.png", curves.figure(curves.lines_of(evidence.DATA / "parity/convergence_h100.jsonl"))
-    runs = [run for run in evidence.predicted_runs() if run.status == "ok"]
+    runs = [run for run in evidence.single_gpu_runs() if run.status == "ok"]
     yield "predictions.png", figures.predicted_figure(evidence.predictions(runs))
     for part in studies.studies():
         if not part.is_limited:

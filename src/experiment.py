@@ -86,6 +86,7 @@ class Script:
     main_for_many: Callable[[], Callable[..., int]] | None = None
     # simulate(config, card, limit_bytes) is what its dry runs run on; None: a GPU alone.
     simulate: Callable[..., Any] | None = None
+    kept_dry_runs: Callable[[], Any] | None = None  # the same as `main_for_many`, of dry runs
 
 
 Build = Callable[[RunConfig, Runtime], Experiment]

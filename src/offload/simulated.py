@@ -101,6 +101,8 @@ def _job(rank: SimulatedRank, world_size: int) -> Iterator[None]:
         stack.enter_context(_process_group(world_size))
         stack.enter_context(mock.patch.dict(vars(groups), {"_WORLD_GROUP": None, "mesh_device": None}))
         stack.enter_context(mock.patch.object(comm, "cdb", None))
+        # ZeRO-3 replaces it for good, and is not undone by DeepSpeed.
+        stack.enter_context(mock.patch.object(torch.nn.functional, "linear", torch.nn.functional.linear))
         stack.enter_context(_quiet())
         deepspeed.init_distributed("nccl", verbose=False)
         for patch in (*_silent_peers(comm.cdb), *_nothing_compiled(), *_sound_gradients()):
@@ -114,9 +116,17 @@ def _accelerator(rank: SimulatedRank) -> Any:
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
     class Accelerator(CUDA_Accelerator):
-        Stream = Event = stream = current_stream = default_stream = _Nothing
+        Stream = Event = current_stream = default_stream = _Nothing
         set_device = synchronize = empty_cache = manual_seed = manual_seed_all = range_push = range_pop = _Nothing
         reset_peak_memory_stats = reset_max_memory_allocated = reset_max_memory_cached = _Nothing
+
+        @contextlib.contextmanager
+        def stream(self, stream: Any) -> Iterator[None]:
+            before, rank.allocator.stream = rank.allocator.stream, stream
+            try:
+                yield
+            finally:
+                rank.allocator.stream = before
 
         def is_available(self) -> bool:
             return True

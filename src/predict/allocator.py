@@ -2,12 +2,15 @@
 
 What `torch.cuda.max_memory_allocated` counts is whole blocks, not the bytes asked for: requests are rounded, a large
 block is only split when more than 1 MiB would be left, and what is reserved depends on how freed blocks merge. The
-rules and constants are those of c10/cuda/CUDACachingAllocator.cpp under its default settings (one stream, no
-expandable segments).
+rules and constants are those of c10/cuda/CUDACachingAllocator.cpp under its default settings (no expandable
+segments). A stream has free blocks of its own, which no other stream is given.
 """
 
 import bisect
+from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from src.experiment import OutOfMemory
 from src.utils import MIB, round_up
@@ -34,10 +37,13 @@ class Piece:
 
     address: int
     size: int
-    pool: list[tuple[int, int, "Piece"]] = field(repr=False)
+    pool: "Pool" = field(repr=False)
     is_free: bool = True
     previous: "Piece | None" = field(default=None, repr=False)
     next: "Piece | None" = field(default=None, repr=False)
+
+
+Pool: TypeAlias = list[tuple[int, int, Piece]]
 
 
 def rounded(count: int) -> int:
@@ -54,19 +60,24 @@ def _segment_bytes(size: int) -> int:
 
 
 class CachingAllocator:
-    """Allocates simulated blocks and counts them; `limit_bytes` bounds what can be reserved."""
+    """Allocates simulated blocks and counts them; `limit_bytes` bounds what can be reserved.
 
-    def __init__(self, limit_bytes: int | None = None) -> None:
-        self.limit_bytes = limit_bytes
+    If it is not `strict`, the first request beyond the limit is noted in `refused`, and from there on everything fits:
+    what does not fit shows what it would need.
+    """
+
+    def __init__(self, limit_bytes: int | None = None, *, strict: bool = True) -> None:
+        self.limit_bytes, self.strict = limit_bytes, strict
+        self.refused: SimulatedOutOfMemory | None = None
         self.allocated_bytes = 0
         self.reserved_bytes = 0
         self.peak_allocated_bytes = 0
         self.peak_reserved_bytes = 0
-        self.most_reserved_bytes = 0  # ever, whatever was reset
         self.segments: dict[int, Piece] = {}  # address -> first block
-        # Free blocks of each pool as (size, address, block), sorted: the first that is large enough is the best fit.
-        self._small: list[tuple[int, int, Piece]] = []
-        self._large: list[tuple[int, int, Piece]] = []
+        self.stream: Hashable = None  # the one that asks from now on
+        # Free blocks of each stream, those of small segments and the others, as (size, address, block), sorted: the
+        # first that is large enough is the best fit.
+        self._pools: defaultdict[Hashable, tuple[Pool, Pool]] = defaultdict(lambda: ([], []))
         self._next_address = 0x7F0000000000
 
     def reset_peak(self) -> None:
@@ -77,9 +88,11 @@ class CachingAllocator:
     def allocate(self, count: int) -> Piece:
         """A block of at least `count` > 0 bytes. Raises `SimulatedOutOfMemory` where `limit_bytes` forbids it."""
         size = rounded(count)
-        pool = self._small if size <= SMALL_BYTES else self._large
+        is_small = size <= SMALL_BYTES
+        small, large = self._pools[self.stream]
+        pool = small if is_small else large
         block = self._best_fit(pool, size) or self._new_segment(pool, size)
-        smallest_rest = MIN_BLOCK_BYTES if pool is self._small else SMALL_BYTES + MIN_BLOCK_BYTES
+        smallest_rest = MIN_BLOCK_BYTES if is_small else SMALL_BYTES + MIN_BLOCK_BYTES
         if block.size - size >= smallest_rest:
             self._split(block, size)
         block.is_free = False
@@ -105,29 +118,38 @@ class CachingAllocator:
             del self.segments[first.address]
             self.reserved_bytes -= first.size
 
-    def _best_fit(self, pool: list[tuple[int, int, Piece]], size: int) -> Piece | None:
+    def _best_fit(self, pool: Pool, size: int) -> Piece | None:
         index = bisect.bisect_left(pool, (size, 0))
         return pool.pop(index)[2] if index < len(pool) else None
 
-    def _new_segment(self, pool: list[tuple[int, int, Piece]], size: int) -> Piece:
+    def _new_segment(self, pool: Pool, size: int) -> Piece:
         segment_bytes = _segment_bytes(size)
-        if self.limit_bytes is not None and self.reserved_bytes + segment_bytes > self.limit_bytes:
-            self.release_cached()
-            if self.reserved_bytes + segment_bytes > self.limit_bytes:
-                raise SimulatedOutOfMemory(
-                    requested_bytes=segment_bytes,
-                    free_bytes=self.limit_bytes - self.allocated_bytes,
-                    reserved_bytes=self.reserved_bytes,
-                    allocated_bytes=self.allocated_bytes,
-                    largest_gap_bytes=max((piece[0] for piece in (*self._small[-1:], *self._large[-1:])), default=0),
-                )
+        if self.limit_bytes is not None and self.refused is None:
+            self._keep_to_limit(segment_bytes)
         block = Piece(self._next_address, segment_bytes, pool)
         self._next_address += segment_bytes
         self.segments[block.address] = block
         self.reserved_bytes += segment_bytes
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        self.most_reserved_bytes = max(self.most_reserved_bytes, self.reserved_bytes)
         return block
+
+    def _keep_to_limit(self, segment_bytes: int) -> None:
+        """Make room for a new segment; if there is none, raise or note it."""
+        if self.reserved_bytes + segment_bytes > self.limit_bytes:
+            self.release_cached()
+        if self.reserved_bytes + segment_bytes <= self.limit_bytes:
+            return
+        gaps = [pool[-1][0] for pools in self._pools.values() for pool in pools if pool]
+        refused = SimulatedOutOfMemory(
+            requested_bytes=segment_bytes,
+            free_bytes=self.limit_bytes - self.allocated_bytes,
+            reserved_bytes=self.reserved_bytes,
+            allocated_bytes=self.allocated_bytes,
+            largest_gap_bytes=max(gaps, default=0),
+        )
+        if self.strict:
+            raise refused
+        self.refused = refused
 
     def _split(self, block: Piece, size: int) -> None:
         rest = Piece(block.address + size, block.size - size, block.pool, previous=block, next=block.next)

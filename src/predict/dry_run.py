@@ -10,11 +10,12 @@ import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 
 from src.config import RunConfig
-from src.experiment import Build, Experiment, Mark, Script, no_mark
+from src.experiment import Build, Experiment, Mark, OutOfMemory, Script, no_mark
 from src.explain.categories import CATEGORIES
 from src.explain.reading import save
 from src.explain.recording import Attribution
@@ -22,7 +23,6 @@ from src.explain.timeline import timeline
 from src.machine import H100, Gpu
 from src.measure import PhasePeaks, measure_phases
 from src.model_utils import flops_per_step, implementations, patched
-from src.predict.allocator import SimulatedOutOfMemory
 from src.predict.fake_gpu import FakeGpu
 from src.predict.simulated_snapshot import simulated_snapshot
 from src.record import Record
@@ -86,6 +86,8 @@ class Prediction:
     experiment: Experiment = field(repr=False)  # while it lives, so does its memory on `gpu`
     first_event: int  # where the events of the step begin
 
+    refused: OutOfMemory | None  # what the card had no room for
+
     @property
     def peak_bytes(self) -> int:
         """Peak allocated."""
@@ -114,14 +116,17 @@ def predict(
     limit_bytes: int | None = None,
     record_frames: bool = False,
     simulate: Simulate | None = None,
+    strict: bool = True,
 ) -> Prediction:
     """Simulate `config` on `card`, or what `simulate` makes of it; `limit_bytes` bounds what may be reserved.
 
     `record_frames` keeps the Python stack of every request of the step, for a snapshot.
 
-    Raises `SimulatedOutOfMemory` if the experiment does not fit into `limit_bytes`.
+    Raises `SimulatedOutOfMemory` if the experiment does not fit into `limit_bytes`; if it is not `strict`, the
+    prediction is of a larger card and has that error.
     """
     gpu = FakeGpu(card, limit_bytes) if simulate is None else simulate(config, card, limit_bytes)
+    gpu.allocator.strict = strict
     with simulation(gpu, build) as predicted:
         return predicted(config, record_frames)
 
@@ -141,6 +146,7 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
     gpu = runtime.gpu
     # The weights' values do not matter, so they are never loaded, and no network is used.
     config = dataclasses.replace(config, pretrained=False, dry_run=True)
+    gpu.allocator.refused = None
     experiment = build(config, runtime)
     if not experiment.steps_before:
         gpu.load_peak_bytes = runtime.peak_bytes()[0]
@@ -171,6 +177,7 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
         gpu=gpu,
         experiment=experiment,
         first_event=first_event,
+        refused=gpu.allocator.refused,
     )
 
 
@@ -210,32 +217,50 @@ def limit_bytes(config: RunConfig, card: Gpu = H100) -> int | None:
     return min(limits, default=None)
 
 
-def main(config: RunConfig, script: Script) -> int:
+def main(config: RunConfig, script: Script, predicted: Callable[..., Prediction] | None = None) -> int:
     """Predict the experiment, record and print it; returns the exit status, 3 if it does not fit the card."""
     recorder = Recorder(config, "predicted", torch.device("cpu"))
     with recorder:
         recorder.record.simulated_gpu = H100.name
-        prediction, refused = _predict_on_card(config, script)
+        predicted = predicted or functools.partial(
+            predict, build=script.build_experiment, limit_bytes=room(config), simulate=script.simulate, strict=False
+        )
+        prediction = predicted(config, record_frames=bool(config.snapshot_dir))
         prediction.fill(recorder.record)
         if config.snapshot_dir:
             save(simulated_snapshot(prediction.gpu, prediction.first_event), config.snapshot_file)
-        if refused is not None:
-            raise refused
+        if prediction.refused is not None:
+            raise prediction.refused
     status = recorder.finish()
     answer = "fits" if recorder.record.status == "ok" else "does NOT fit"
     print_rank0(f"\nIt {answer} {card_in_words(config)}.")
     return status
 
 
-def _predict_on_card(config: RunConfig, script: Script) -> tuple[Prediction, SimulatedOutOfMemory | None]:
-    """What `config` does on its card; if that has no room for it, what it would do on one that has, and the refusal."""
-    simulated = functools.partial(
-        predict, config, script.build_experiment, record_frames=bool(config.snapshot_dir), simulate=script.simulate
-    )
-    try:
-        return simulated(limit_bytes=room(config)), None
-    except SimulatedOutOfMemory as error:
-        return simulated(), error
+class KeptDryRuns:
+    """`main` for several dry runs that differ in their sizes alone: they share what `build` keeps.
+
+    Until it is closed, everything in the process runs on the simulated GPU.
+    """
+
+    def __init__(self, build: Build) -> None:
+        self._build = build
+        self._predicted: Callable[..., Prediction] | None = None
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._open.close()
+
+    def __call__(self, config: RunConfig, script: Script) -> int:
+        """The exit status of one run."""
+        if self._predicted is None:
+            gpu = script.simulate(config, H100, room(config))
+            gpu.allocator.strict = False
+            self._predicted = self._open.enter_context(simulation(gpu, self._build))
+        return main(config, script, self._predicted)
 
 
 def forecast(config: RunConfig, build: Build, variants: Mapping[str, Mapping[str, object]]) -> str:
