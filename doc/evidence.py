@@ -3,12 +3,11 @@
 A record that is missing is a `UsageError`: no document is made without what it speaks of.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from src.offload_config import PRESETS, OffloadConfig
 from src.record import Record, load, load_and_tell
 from src.study import answers, grids
 from src.study.figures import predicted_and_measured
-from src.study.grids import but_for_sizes
 from src.techniques import KERNEL_NAMES, STRATEGIES, kernels_only
 from src.utils import GIB, UsageError, ceil_div, next_power_of_two
 
@@ -288,16 +286,11 @@ def predict_all() -> None:
 
     # Asked once: the records that are written here would make it a changed checkout.
     os.environ.setdefault("GIT_COMMIT", machine.environment(on_gpu=False)["git_commit"])
-    groups: dict[RunConfig, list[RunConfig]] = {}
-    for config in dict.fromkeys(dry_run_of(run) for run in [*single_gpu_runs(), *offloaded_runs()]):
-        groups.setdefault(but_for_sizes(config), []).append(config)
-    for configs in groups.values():
-        of = grids.script(configs[0].script)
-        with contextlib.ExitStack() as stack:
-            main = stack.enter_context(of.kept_dry_runs()) if of.kept_dry_runs else dry_run.main
-            for config in configs:
-                main(config, of)
-                config.record_file.with_suffix(".txt").unlink()
+    for name, runs in (("all_gpu", single_gpu_runs()), ("deepspeed", offloaded_runs())):
+        configs = list(dict.fromkeys(map(dry_run_of, runs)))
+        dry_run.many(configs, grids.script(name))
+        for config in configs:
+            config.record_file.with_suffix(".txt").unlink()
 
 
 def predictions(runs: Iterable[Record]) -> list[Pair]:
@@ -322,15 +315,15 @@ def host_error(prediction: Record, run: Record) -> float | None:
     return None if run.host_peak_bytes is None else prediction.predicted_host_bytes / run.host_peak_bytes - 1
 
 
-def host_errors(runs: Iterable[Record]) -> list[float]:
-    """Those errors without their signs, largest first."""
-    found = (host_error(prediction, run) for prediction, run in predictions(runs))
+def errors(runs: Iterable[Record], of: Callable[..., float | None] = error) -> list[float]:
+    """The predictions' errors, or those of the host, without their signs, largest first."""
+    found = [of(*pair) for pair in predictions(runs) if pair[1].status == "ok"]
     return sorted((abs(off) for off in found if off is not None), reverse=True)
 
 
-def errors(runs: Iterable[Record]) -> list[float]:
-    """The predictions' errors without their signs, largest first."""
-    return sorted((abs(error(p, run)) for p, run in predictions(runs) if run.status == "ok"), reverse=True)
+def foreseen(runs: Iterable[Record]) -> list[bool]:
+    """Of each run that ran out of memory, whether its prediction does."""
+    return [prediction.status == "oom" for prediction, run in predictions(runs) if run.status == "oom"]
 
 
 def study_errors() -> tuple[list[float], list[float]]:

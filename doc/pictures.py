@@ -16,7 +16,7 @@ from src.check import curves
 from src.explain.categories import CATEGORIES, COLOURS
 from src.explain.plot import figure
 from src.study import answers, figures
-from src.study.figures import STYLES, THREE, Axis
+from src.study.bars import STYLES, THREE, Axis, comparison, peak_gib, step_ms, throughput
 from src.utils import GIB
 
 MODEL = MODELS[0]
@@ -41,7 +41,7 @@ def all_figures() -> Iterator[tuple[str, Figure]]:
     axis = Axis("batch_size", "batch size, 1024 tokens a sequence")
     for name, checkpointing in (("strategies", True), ("strategies_no_checkpointing", False)):
         cells = {answers.cell(record): record for record in evidence.by_batch(h100, checkpointing)}
-        yield f"{name}.png", _resized(figures.comparison(cells, THREE, axis))
+        yield f"{name}.png", _resized(comparison(cells, THREE, axis))
     yield "kernels_alone.png", kernels_alone(h100)
     yield "offload_steps.png", offload_steps(evidence.folder("h100_offload"))
     yield "original.png", original()
@@ -178,8 +178,8 @@ def kernels_alone(folder: Folder) -> Figure:
     colours = [DARK, *["#7a9cc6"] * 4, *(STYLES[title]["color"] for title in (NO_FLCE, ALL))]
     drawing, (left, right) = _figure(11, 3.9, 2)
     for axes, value, form, label, title in (
-        (left, figures.peak_gib, "{:.1f}", "GiB", "peak allocated memory"),
-        (right, figures.step_ms, "{:.0f}", "ms", "time of a step, median and quartiles"),
+        (left, peak_gib, "{:.1f}", "GiB", "peak allocated memory"),
+        (right, step_ms, "{:.0f}", "ms", "time of a step, median and quartiles"),
     ):
         told = [value(run) for run in runs]
         bars = axes.bar(names, [median for median, *_ in told], 0.65, color=colours, **OUTLINE)
@@ -215,8 +215,8 @@ def ladder() -> Figure:
     drawing, (left, right) = _figure(11, 3.6, 2, sharey=True)
     steps = evidence.ladder()
     for axes, value, form, label in (
-        (left, figures.peak_gib, "{:.1f}", "peak, GiB"),
-        (right, figures.throughput, "{:,.0f}", "tokens/s"),
+        (left, peak_gib, "{:.1f}", "peak, GiB"),
+        (right, throughput, "{:,.0f}", "tokens/s"),
     ):
         for place, (_, run) in enumerate(steps):
             if run is None or run.status != "ok":

@@ -16,7 +16,7 @@ from src.record import Record
 from src.record.record import Environment
 from src.study import answers
 from src.study.answers import FIXED_BATCH, FIXED_LENGTH, GRID, Cell, absence, setting_words
-from src.study.figures import THREE, Axis, comparison
+from src.study.bars import THREE, Axis, comparison
 from src.techniques import STRATEGIES, TITLES
 from src.utils import GIB, UsageError
 

@@ -132,34 +132,35 @@ def measured(runs: Sequence[Record]) -> str:
     return markdown_table([*CELL, "peak GiB", "ms a step (median ± IQR/2)", "tokens/s", "MFU", REPEATS], rows)
 
 
+def _peaks(prediction: Record, run: Record) -> list[str]:
+    """Measured and predicted peak, and the error; of a run that ran out of memory whether it was foreseen."""
+    if run.status != "ok":
+        return ["OOM", "fits" if prediction.status == "ok" else "OOM", ""]
+    peaks = [f"{record.peak_memory_bytes / GIB:,.3f}" for record in (run, prediction)]
+    return [*peaks, f"{evidence.error(prediction, run):+.3%}"]
+
+
+PEAKS = ("measured GiB", "predicted GiB", "error")
+
+
 def predicted(pairs: Sequence[Pair]) -> str:
     """Measured and predicted peak, the error, and what two other estimators say."""
     rows = []
     for prediction, run in pairs:
-        if run.status == "ok":
-            peaks = [f"{record.peak_memory_bytes / GIB:,.3f}" for record in (run, prediction)]
-            figures = [*peaks, f"{evidence.error(prediction, run):+.3%}"]
-        else:
-            figures = ["OOM", "fits" if prediction.status == "ok" else "OOM", ""]
         others = evidence.other_estimates(run.run.model_name, run.run.dtype)
-        rows.append([*_cell(run), *figures, *(f"{count / GIB:,.2f}" for count in others)])
-    return markdown_table([*CELL, "measured GiB", "predicted GiB", "error", "accelerate", "DeepSpeed"], rows)
+        rows.append([*_cell(run), *_peaks(prediction, run), *(f"{count / GIB:,.2f}" for count in others)])
+    return markdown_table([*CELL, *PEAKS, "accelerate", "DeepSpeed"], rows)
 
 
 def predicted_offload(pairs: Sequence[Pair]) -> str:
-    """Measured and predicted peak of the GPU and of the host, and the errors; where a host was not measured, none."""
+    """The same of offloaded runs, and of the host, whose error is missing where it was not measured."""
     rows = []
     for prediction, run in pairs:
-        peaks = [f"{record.peak_memory_bytes / GIB:,.3f}" for record in (run, prediction)]
-        host = [
-            f"{count / GIB:,.2f}" if count else "" for count in (run.host_peak_bytes, prediction.predicted_host_bytes)
-        ]
+        sizes = run.host_peak_bytes, prediction.predicted_host_bytes
         off = evidence.host_error(prediction, run)
-        figures = [*peaks, f"{evidence.error(prediction, run):+.3%}", *host, "" if off is None else f"{off:+.1%}"]
-        rows.append([*_cell(run), run.run.preset, str(run.processes), *figures])
-    gpu = ["measured GiB", "predicted GiB", "error"]
-    host = ["host measured GiB", "host predicted GiB", "host error"]
-    return markdown_table([*CELL, "preset", "GPUs", *gpu, *host], rows)
+        host = [*(f"{count / GIB:,.2f}" if count else "" for count in sizes), "" if off is None else f"{off:+.1%}"]
+        rows.append([*_cell(run), run.run.preset, str(run.processes), *_peaks(prediction, run), *host])
+    return markdown_table([*CELL, "preset", "GPUs", *PEAKS, *(f"host {name}" for name in PEAKS)], rows)
 
 
 def offload(runs: Sequence[Record]) -> str:

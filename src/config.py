@@ -146,6 +146,11 @@ class RunConfig(Techniques):
         return tuple(name for name in KERNEL_NAMES if getattr(self, name))
 
     @property
+    def but_for_sizes(self) -> Self:
+        """With its sizes replaced: the same for runs that differ in nothing else."""
+        return dataclasses.replace(self, batch_size=1, seq_length=2)
+
+    @property
     def title(self) -> str:
         """The study's name for the kernels that are on, and what else is compared with them."""
         return title(self)

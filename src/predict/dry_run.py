@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -261,6 +261,18 @@ class KeptDryRuns:
             gpu.allocator.strict = False
             self._predicted = self._open.enter_context(simulation(gpu, self._build))
         return main(config, script, self._predicted)
+
+
+def many(configs: Iterable[RunConfig], script: Script) -> None:
+    """`main` of each; those that differ in their sizes alone share what the script can keep."""
+    groups: dict[RunConfig, list[RunConfig]] = {}
+    for config in configs:
+        groups.setdefault(config.but_for_sizes, []).append(config)
+    for alike in groups.values():
+        with contextlib.ExitStack() as stack:
+            run = stack.enter_context(script.kept_dry_runs()) if script.kept_dry_runs else main
+            for config in alike:
+                run(config, script)
 
 
 def forecast(config: RunConfig, build: Build, variants: Mapping[str, Mapping[str, object]]) -> str:

@@ -93,13 +93,8 @@ def tasks(axes: Sequence[Axes], of: "Script", flags: Sequence[str], num_gpus: in
                 own = [f"--{name}={value}" for name, value in zip(names, values)]
                 task = _task(of, [*kernels, *own, *flags], num_gpus, own)
                 found.setdefault(task.config.run_name, task)
-    order = {key: i for i, key in enumerate(dict.fromkeys(but_for_sizes(t.config) for t in found.values()))}
-    return sorted(found.values(), key=lambda task: (order[but_for_sizes(task.config)], task.config.tokens_per_step))
-
-
-def but_for_sizes(config: RunConfig) -> RunConfig:
-    """`config` with its sizes replaced: the same for runs that differ in nothing else."""
-    return dataclasses.replace(config, batch_size=1, seq_length=2)
+    order = {key: i for i, key in enumerate(dict.fromkeys(t.config.but_for_sizes for t in found.values()))}
+    return sorted(found.values(), key=lambda task: (order[task.config.but_for_sizes], task.config.tokens_per_step))
 
 
 def _task(of: "Script", arguments: list[str], num_gpus: int, swept: Sequence[str]) -> Task:

@@ -24,7 +24,7 @@ from src.cli import run_config
 from src.config import RunConfig
 from src.experiment import Script
 from src.offload.ranks import die_with_parent, ending_of
-from src.study.grids import Task, but_for_sizes, script
+from src.study.grids import Task, script
 from src.utils import ExitStatus, UsageError, error_line
 
 INTERRUPTIONS = (signal.SIGTERM, signal.SIGHUP)  # end a study as Ctrl-C does
@@ -57,7 +57,7 @@ class Job:
 
     def __init__(self, task: Task) -> None:
         self.is_kept = script(task.config.script).main_for_many is not None
-        self._settings = but_for_sizes(task.config)
+        self._settings = task.config.but_for_sizes
         self._workers: list[_Worker] = []
         sys.stdout.flush()
         sys.stderr.flush()
@@ -72,7 +72,7 @@ class Job:
 
     def takes(self, task: Task) -> bool:
         """Whether `task` can run in these processes."""
-        return self.is_kept and but_for_sizes(task.config) == self._settings
+        return self.is_kept and task.config.but_for_sizes == self._settings
 
     def run(self, task: Task, log: Path, timeout_s: float) -> tuple[str, int | None]:
         """Name and exit status of the first rank that fails, or of the last; no name and None if it takes too long."""
