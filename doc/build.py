@@ -26,7 +26,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 import traceback
 import zipfile
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import mdformat
 from matplotlib.figure import Figure
 from PIL import Image  # comes with matplotlib
 
@@ -43,7 +43,7 @@ from src.check import curves
 from src.machine import H100
 from src.predict.frontier import GRANULARITY
 from src.study.answers import setting_words
-from src.utils import ExitStatus, UsageError, error_line, markdown_table, write_atomically
+from src.utils import ExitStatus, UsageError, error_line, write_atomically
 
 DOC = ROOT / "doc"
 
@@ -91,7 +91,8 @@ def render(name: str, folder: str = "", command: str = "python -m doc.build") ->
     """A text of doc/source with every expression in it replaced. Raises `UsageError` that names the line."""
     names = context(folder or DOCUMENTS.get(name, "doc/data"), command)
     try:
-        return reflow(tables.templates().get_template(f"{name}.md").render(names))
+        text = tables.templates().get_template(f"{name}.md").render(names)
+        return mdformat.text(text, options={"wrap": 120, "number": True}, extensions={"gfm"})
     except (UsageError, jinja2.TemplateError) as error:
         raise UsageError(f"{_place(error, name)}: {error}") from error
 
@@ -103,32 +104,6 @@ def _place(error: Exception, name: str) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == evidence.SOURCE]
     where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else f"{name}.md"
     return f"doc/source/{where}"
-
-
-def reflow(text: str) -> str:
-    """Markdown with paragraphs and list items broken at 120 columns, one empty line between them, aligned tables."""
-    blocks = re.split(r"\n\s*\n", text.strip())
-    return "\n\n".join(map(_reflow_block, blocks)) + "\n"
-
-
-def _reflow_block(block: str) -> str:
-    if block.startswith("|"):
-        return _aligned(block.splitlines())
-    if re.match(r"\s*(#|!\[|>|%)", block):
-        return block
-    lines = []
-    for item in re.split(r"\n(?=\s*(?:-|\d+\.) )", block):
-        marker = re.match(r"\s*(?:(?:-|\d+\.) )?", item)[0]
-        indents = {"initial_indent": marker, "subsequent_indent": " " * len(marker)}
-        whole = {"break_on_hyphens": False, "break_long_words": False}
-        lines += textwrap.wrap(" ".join(item[len(marker) :].split()), 120, **indents, **whole)
-    return "\n".join(lines)
-
-
-def _aligned(lines: list[str]) -> str:
-    header, rule, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]] for line in lines)
-    plain = [[cell.replace("\\|", "|") for cell in row] for row in (header, *rows)]
-    return markdown_table(plain[0], plain[1:], "".join("r" if cell.endswith(":") else "l" for cell in rule))
 
 
 def fingerprint(text: str) -> str:
@@ -221,23 +196,20 @@ def main() -> int:
     asked.add_argument("--table", nargs=2, metavar=("NAME", "FOLDER"), help=f"print one of {', '.join(DOCUMENTS)}")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    try:
-        if arguments.table:
-            name, folder = arguments.table
-            if name not in DOCUMENTS:
-                raise UsageError(f"no table {name!r}: choose from {', '.join(DOCUMENTS)}")
-            print(render(name, os.path.abspath(folder), f"python -m doc.build --table {name} {folder}").rstrip())
-            return ExitStatus.FAILED if evidence.strange else ExitStatus.DONE
-        os.chdir(ROOT)  # records name their folders relative to it
-        if arguments.predictions:
-            evidence.predict_all()
-        if not arguments.check:
-            build()
-        elif found := stale():
-            raise UsageError(f"out of date, run python -m doc.build: {', '.join(found)}")
-    except UsageError as error:
-        error_line(error)
-        return ExitStatus.BAD_ARGUMENTS if arguments.table else ExitStatus.FAILED
+    if arguments.table:
+        name, folder = arguments.table
+        if name not in DOCUMENTS:
+            raise UsageError(f"no table {name!r}: choose from {', '.join(DOCUMENTS)}")
+        print(render(name, os.path.abspath(folder), f"python -m doc.build --table {name} {folder}").rstrip())
+        return ExitStatus.FAILED if evidence.strange else ExitStatus.DONE
+    os.chdir(ROOT)  # records name their folders relative to it
+    if arguments.predictions:
+        evidence.predict_all()
+    if not arguments.check:
+        build()
+    elif found := stale():
+        error_line(f"out of date, run python -m doc.build: {', '.join(found)}")
+        return ExitStatus.FAILED
     return ExitStatus.DONE
 
 

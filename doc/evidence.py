@@ -80,8 +80,8 @@ class Folder:
         if record is None or record.status != "ok":
             what = "no record" if record is None else "only a run that failed"
             named = {"kernels": kernels, "preset": preset} | settings
-            words = ", ".join(f"{name} {value}" for name, value in named.items() if value is not None)
-            raise UsageError(f"doc/data/{self.name} has {what} of: {words}")
+            words = [f"{name} {value}" for name, value in named.items() if value is not None]
+            raise UsageError(f"doc/data/{self.name} has {what} of: {', '.join(words)}")
         return record
 
     def pairs(self, *settings: dict[str, Any]) -> list[tuple[Record | None, Record | None]]:
@@ -284,7 +284,7 @@ def predict_all() -> None:
     """Predict them anew, which takes half an hour. A user has the figures as text too; evidence is records alone."""
     from src.predict import dry_run
 
-    # Asked once: the records that are written here would make it a changed checkout.
+    # Asked once, before records that are written here make it a changed checkout.
     os.environ.setdefault("GIT_COMMIT", machine.environment(on_gpu=False)["git_commit"])
     for name, runs in (("all_gpu", single_gpu_runs()), ("deepspeed", offloaded_runs())):
         configs = list(dict.fromkeys(map(dry_run_of, runs)))
@@ -319,11 +319,6 @@ def errors(runs: Iterable[Record], of: Callable[..., float | None] = error) -> l
     """The predictions' errors, or those of the host, without their signs, largest first."""
     found = [of(*pair) for pair in predictions(runs) if pair[1].status == "ok"]
     return sorted((abs(off) for off in found if off is not None), reverse=True)
-
-
-def foreseen(runs: Iterable[Record]) -> list[bool]:
-    """Of each run that ran out of memory, whether its prediction does."""
-    return [prediction.status == "oom" for prediction, run in predictions(runs) if run.status == "oom"]
 
 
 def study_errors() -> tuple[list[float], list[float]]:

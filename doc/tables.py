@@ -76,11 +76,8 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "count": lambda number: f"{number:,.0f}",
     "words": lambda name: name.replace("_", " "),
     "gpu": answers.gpu_name,
-    "size": size,
     "over_floor": lambda run: run.latency_s / run.floor_s,
-    "peak": peak,
-    "step": step,
-    "speed": speed,
+    **{function.__name__: function for function in (size, peak, step, speed)},
 }
 
 
@@ -200,9 +197,8 @@ def scaling(runs: Sequence[Record]) -> str:
 def _scaling_row(own: dict[int, Record], counts: Sequence[int]) -> list[str]:
     rates = {n: run.throughput_tokens_per_s for n, run in own.items() if run.status == "ok"}
     efficiencies = [f"{rates[n] / (n * rates[1]):.0%}" if {1, n} <= rates.keys() else "" for n in counts[1:]]
-    peaks = [peak(own.get(n), absent="") for n in counts]
-    speeds = [f"{rates[n]:,.0f}" if n in rates else "" for n in counts]
-    return [*_offload_cell(own[min(own)], "world_size"), *peaks, *speeds, *efficiencies]
+    figures = [peak(own.get(n), absent="") for n in counts], [f"{rates[n]:,.0f}" if n in rates else "" for n in counts]
+    return [*_offload_cell(own[min(own)], "world_size"), *itertools.chain(*figures), *efficiencies]
 
 
 def levers(runs: Sequence[Record]) -> str:
@@ -240,9 +236,8 @@ def grid(columns: Sequence[Column], field: str, unit: float, form: str) -> str:
 
 def memory_ends(columns: Sequence[Column]) -> str:
     """What ran along each grid, and the smallest that did not."""
-    rows = [
-        [name, line.what, *(str(c.reach(name, line)) for c in columns)] for line in LINES for name in TITLES.values()
-    ]
+    places = [(name, line) for line in LINES for name in TITLES.values()]
+    rows = [[name, line.what, *(str(c.reach(name, line)) for c in columns)] for name, line in places]
     return markdown_table(["kernels", "what", *(column.title for column in columns)], rows)
 
 

@@ -160,17 +160,6 @@ def test_failed_run_is_found_but_bears_no_sentence():
         runs.run("none", **settings)
 
 
-def test_paragraphs_are_broken_and_tables_aligned():
-    words, wide = "some words of a text " * 20, "x" * 130
-    text = f"# Title\n\n{words}\n\n\n- {words}\n- short\n\n| a | b |\n| :--- | ---: |\n| {wide} | 1 |"
-    broken = build.reflow(text)
-    assert build.reflow(broken) == broken
-    assert rows(broken) == [["a", "b"], [wide, "1"]]
-    prose = [line for line in broken.splitlines() if not line.startswith("|")]
-    assert max(map(len, prose)) <= 120
-    assert "- short" in prose
-
-
 # What the committed records are
 
 
