@@ -152,6 +152,7 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
         gpu.load_peak_bytes = runtime.peak_bytes()[0]
         experiment.step(no_mark)
     runtime.release_cache()
+    runtime.reset_peak()  # of the first step, or of the run before
     gpu.record_frames, first_event = record_frames, len(gpu.events)
     reserved = 0
     attribution = Attribution(gpu, experiment)
