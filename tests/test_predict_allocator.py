@@ -113,6 +113,27 @@ def test_does_what_a_naive_allocator_does(actions, limit):
         assert (allocator.peak_allocated_bytes, allocator.peak_reserved_bytes) == (peak, peak_reserved)
 
 
+def test_stream_is_given_no_block_of_another():
+    allocator = CachingAllocator()
+    block = allocator.allocate(30 * MIB)
+    allocator.free(block)
+    allocator.stream = "other"
+    assert allocator.allocate(30 * MIB) is not block
+    allocator.stream = None
+    assert allocator.allocate(30 * MIB) is block
+    assert allocator.reserved_bytes == 60 * MIB
+
+
+def test_lenient_allocator_notes_the_first_refusal_and_goes_on_as_without_a_limit():
+    lenient, free = CachingAllocator(50 * MIB, strict=False), CachingAllocator()
+    for size in (30, 40, 50):
+        lenient.allocate(size * MIB)
+        free.allocate(size * MIB)
+        assert (lenient.refused is None) == (size == 30)
+    assert lenient.refused.facts["requested_bytes"] == 40 * MIB
+    assert (lenient.allocated_bytes, lenient.reserved_bytes) == (free.allocated_bytes, free.reserved_bytes)
+
+
 @pytest.mark.parametrize(
     ("count", "block", "segment"),
     [

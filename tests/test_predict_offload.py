@@ -32,8 +32,10 @@ def committed(name):
 
 
 def test_committed_predictions_are_within_a_thousandth_of_every_offloaded_peak():
-    pairs = [pair for pair in evidence.predictions(evidence.offloaded_runs()) if pair[1].status == "ok"]
-    assert len(pairs) > 100
+    every = evidence.predictions(evidence.offloaded_runs())
+    pairs = [pair for pair in every if pair[1].status == "ok"]
+    foreseen = [prediction.status == "oom" for prediction, run in every if run.status == "oom"]
+    assert (len(pairs) > 100, len(foreseen) > 15, sum(foreseen) >= len(foreseen) - 2) == (True, True, True)
     assert {run.processes for _, run in pairs} == {1, 2}
     errors = [abs(evidence.error(*pair)) for pair in pairs]
     assert max(errors) < 1e-3
