@@ -60,40 +60,27 @@ PHI3 = Family(
     },
 )
 
+
+def _olmo2(**sizes: Any) -> Shape:
+    return shape(
+        vocabulary=100352,
+        head_width=128,
+        positions=4096,
+        theta=500000.0,
+        epsilon=1e-6,
+        tied=False,
+        pad_token_id=100277,
+        eos_token_id=100257,
+        **sizes,
+    )
+
+
 OLMO2 = Family(
     model_type="olmo2",
     prefix="Olmo2",
     shapes={
-        "allenai/OLMo-2-0425-1B": shape(
-            vocabulary=100352,
-            width=2048,
-            mlp=8192,
-            layers=16,
-            heads=16,
-            key_value_heads=16,
-            head_width=128,
-            positions=4096,
-            theta=500000.0,
-            epsilon=1e-6,
-            tied=False,
-            pad_token_id=100277,
-            eos_token_id=100257,
-        ),
-        "allenai/OLMo-2-1124-7B": shape(
-            vocabulary=100352,
-            width=4096,
-            mlp=11008,
-            layers=32,
-            heads=32,
-            key_value_heads=32,
-            head_width=128,
-            positions=4096,
-            theta=500000.0,
-            epsilon=1e-6,
-            tied=False,
-            pad_token_id=100277,
-            eos_token_id=100257,
-        ),
+        "allenai/OLMo-2-0425-1B": _olmo2(width=2048, mlp=8192, layers=16, heads=16, key_value_heads=16),
+        "allenai/OLMo-2-1124-7B": _olmo2(width=4096, mlp=11008, layers=32, heads=32, key_value_heads=32),
         "tiny-olmo2": tiny(tied=False, pad_token_id=None, eos_token_id=None),
     },
 )
