@@ -64,6 +64,7 @@ from src.experiment import Experiment, Mark, Runtime, Script, no_mark, random_ba
 from src.measure import measure, measure_phases
 from src.measure.devices import CudaRuntime
 from src.model_utils import build_model
+from src.offload.simulated import one_gpu
 from src.optimizer_utils import build_loss_scaler, build_optimizer
 from src.predict import dry_run, frontier
 from src.record.recorder import Recorder
@@ -93,7 +94,7 @@ def build_experiment(config: RunConfig, runtime: Runtime) -> Experiment:
         optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).mean()
 
-    return Experiment(model, optimizer, scaler, step)
+    return Experiment(model, optimizer, scaler, runtime.captured(step) if config.cuda_graph else step)
 
 
 def main(config: RunConfig, planned: RunConfig | None = None) -> int:
@@ -126,6 +127,7 @@ SCRIPT = Script(
     cpu_defaults=CPU_DEFAULTS,
     build_experiment=build_experiment,
     main=main,
+    simulate=one_gpu,
 )
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from urllib.parse import quote
 
 from src.families import full_size
-from src.techniques import KERNEL_NAMES, TECHNIQUES, Technique, title
+from src.techniques import KERNEL_NAMES, TECHNIQUES, Technique, gpu_only, title
 from src.utils import UsageError, file_name
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -121,6 +121,8 @@ class RunConfig(Techniques):
             return "on a CPU there is no --memory_limit_gib: --dry_run --memory_limit_gib says what fits"
         if self.dtype == "bf16" or (self.dtype == "fp16" and not self.parity):
             return "on a CPU the kernels are checked in fp32, with --parity also in fp16; bf16 needs a GPU"
+        if flags := gpu_only(self):
+            return f"{flags[0]} needs a GPU; --dry_run predicts without one"
         if full_size(self.model_name):
             return f"{self.model_name} needs a GPU: Triton's interpreter is too slow for it; use tiny-llama"
         return None

@@ -41,6 +41,7 @@ class Runtime(Protocol):
     def peak_bytes(self) -> tuple[int | None, int | None]: ...
     def device_used_bytes(self) -> int | None: ...
     def allocation_retries(self) -> int | None: ...
+    def captured(self, step: "Step") -> "Step": ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Experiment:
 
     def resident(self) -> dict[str, list[torch.Tensor]]:
         """What stays on the GPU between steps, by what it is for."""
-        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        states = [t for state in self.optimizer.state.values() for value in state.values() for t in _tensors_in(value)]
         return {"parameters": list(self.model.parameters()), "optimizer_state": states}
 
     def labelling(self, attribution: Any) -> AbstractContextManager:
@@ -67,10 +68,19 @@ class Experiment:
         """The gradients there are now, in the order of the parameters."""
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
-    def grad_norm(self) -> float:
-        """L2 norm of all gradients, taken in fp32 and without the loss scale."""
+    def grad_norm(self) -> float | None:
+        """L2 norm of all gradients, taken in fp32 and without the loss scale; None if the step has let them go."""
+        if not self.gradients():
+            return None
         norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in self.gradients()]
         return torch.linalg.vector_norm(torch.stack(norms)).item() / self.scaler.get_scale()
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors with memory of their own in an optimizer's state, which quantised ones keep in parts."""
+    if isinstance(value, torch.Tensor) and not hasattr(value, "__tensor_flatten__"):
+        return [value]
+    return [part for part in getattr(value, "__dict__", {}).values() if isinstance(part, torch.Tensor)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """The optimizers of both experiments, and the learning-rate schedule of the offloaded one."""
 
+import importlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -7,14 +9,60 @@ from transformers import get_scheduler
 
 from src.config import RunConfig
 from src.offload_config import OffloadConfig
-from src.techniques.optimizers import OPTIMIZERS
+from src.techniques.optimizers import CHOICES
 from src.utils import UsageError
 
 
 def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """The optimizer that `config` names; its state takes the weights' dtype and is created by the first step."""
-    class_name, kwargs = OPTIMIZERS[config.optimizer]
-    return getattr(torch.optim, class_name)(model.parameters(), lr=config.learning_rate, **kwargs)
+    chosen = CHOICES[config.optimizer]
+    kind = getattr(importlib.import_module(chosen.library), chosen.name)
+    settings = dict(chosen.settings)
+    if config.cuda_graph and chosen.name == "AdamW":
+        settings["capturable"] = True
+    if config.optimizer == "adamw_cpu":
+        settings["offload_gradients"] = config.gradient_accumulation_steps == 1
+
+    def build(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return kind(parameters, lr=config.learning_rate, **settings)
+
+    if config.optimizer_in_backward:
+        return InBackward(model.parameters(), build)
+    optimizer = build(model.parameters())
+    if config.optimizer == "adamw_cpu":
+        optimizer.state = {}  # the host has it, and torchao no such attribute
+    return optimizer
+
+
+class InBackward:
+    """An optimizer for each parameter, which updates it once its gradient is complete, and lets that go.
+
+    Source: PyTorch's tutorial "How to save memory by fusing the optimizer step into the backward pass".
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[torch.nn.Parameter],
+        build: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        self._optimizers = {parameter: build([parameter]) for parameter in parameters}
+        for parameter in self._optimizers:
+            parameter.register_post_accumulate_grad_hook(self._update)
+
+    def _update(self, parameter: torch.nn.Parameter) -> None:
+        self._optimizers[parameter].step()
+        parameter.grad = None
+
+    @property
+    def state(self) -> dict[torch.nn.Parameter, dict[str, Any]]:
+        """The optimizers' states, by parameter."""
+        return {parameter: optimizer.state[parameter] for parameter, optimizer in self._optimizers.items()}
+
+    def step(self) -> None:
+        """Everything has been updated."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """No gradient is left."""
 
 
 def build_loss_scaler(config: RunConfig, device: torch.device) -> torch.amp.GradScaler:

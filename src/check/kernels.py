@@ -109,7 +109,7 @@ def main(config: RunConfig, script: Script, planned: RunConfig | None) -> int:
     print("No GPU in use: checking the Liger kernels against Hugging Face's code on the CPU, in Triton's interpreter.")
     print("That has small sizes of its own, which flags change; the forecast is of the run on a GPU.", flush=True)
     if planned is not None:
-        print(_forecast(planned, script.build_experiment))
+        print(_forecast(planned, script))
     recorder = Recorder(config, "interpreted", torch.device("cpu"))
     with recorder:
         chosen = variants(config)
@@ -139,7 +139,7 @@ def _parity(config: RunConfig) -> int:
     return ExitStatus.DONE if recorder.record.parity.agrees else ExitStatus.FAILED
 
 
-def _forecast(planned: RunConfig, build: Build) -> str:
+def _forecast(planned: RunConfig, script: Script) -> str:
     """The memory of the run that a GPU would make of the same command."""
     off = techniques.without(planned)
     named = {"Hugging Face": off}
@@ -149,4 +149,4 @@ def _forecast(planned: RunConfig, build: Build) -> str:
         f"\nForecast for an {H100.name} (python {planned.script}_liger_kernel.py --dry_run): {planned.model_name}, "
         f"{planned.description}\n"
     )
-    return f"{head}\n{dry_run.forecast(planned, build, named)}\n"
+    return f"{head}\n{dry_run.forecast(planned, script, named)}\n"

@@ -18,10 +18,11 @@ from unittest import mock
 
 import torch
 
+from src.config import RunConfig
 from src.machine import Gpu
 from src.offload.host_memory import PROCESS_BYTES
 from src.offload_config import OffloadConfig
-from src.predict.fake_gpu import aten
+from src.predict.fake_gpu import FakeGpu, aten
 from src.predict.fake_machine import FakeMachine
 
 # Of the offloaded records under doc/data/.
@@ -56,6 +57,29 @@ class SimulatedRank(FakeMachine):
         if func is aten._local_scalar_dense.default and args[0].dtype is torch.uint8:
             return 0
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class SimulatedProcess(FakeMachine):
+    """A process without others, which keeps what one GPU does not hold in the host beside it."""
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Let everything in the block run in this process; copies beside the step are done at once."""
+        with contextlib.ExitStack() as stack:
+            for name in ("Stream", "stream", "current_stream"):
+                stack.enter_context(mock.patch(f"torch.cuda.{name}", _Nothing))
+            stack.enter_context(super().active())
+            yield
+
+    def host_peak_bytes(self) -> int:
+        """What the tensors take there, and the process beside them."""
+        return self.host.peak_bytes + PROCESS_BYTES
+
+
+def one_gpu(config: RunConfig, card: Gpu, limit_bytes: int | None = None) -> FakeGpu:
+    """The GPU of a run without DeepSpeed's engine; with the host beside it where the run keeps something there."""
+    kind = FakeGpu if config.checkpoint_offload == "none" else SimulatedProcess
+    return kind(card, limit_bytes)
 
 
 def unchecked(config: OffloadConfig) -> list[str]:

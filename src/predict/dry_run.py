@@ -15,7 +15,7 @@ from typing import Self
 import torch
 
 from src.config import RunConfig
-from src.experiment import Build, Experiment, Mark, OutOfMemory, Script, no_mark
+from src.experiment import Build, Experiment, Mark, OutOfMemory, Script, Step, no_mark
 from src.explain.categories import CATEGORIES
 from src.explain.reading import save
 from src.explain.recording import Attribution
@@ -68,6 +68,10 @@ class FakeRuntime:
     def allocation_retries(self) -> int | None:
         """Simulated, but not counted."""
         return None
+
+    def captured(self, step: Step) -> Step:
+        """The step itself: what it asks for while it is captured is what its replays use."""
+        return step
 
 
 @dataclass(frozen=True)
@@ -276,9 +280,11 @@ def many(configs: Iterable[RunConfig], script: Script) -> None:
                 run(config, script)
 
 
-def forecast(config: RunConfig, build: Build, variants: Mapping[str, Mapping[str, object]]) -> str:
+def forecast(config: RunConfig, script: Script, variants: Mapping[str, Mapping[str, object]]) -> str:
     """A table of what `config` would need with each variant's settings in place of its own, side by side."""
-    predictions = {name: predict(dataclasses.replace(config, **own), build) for name, own in variants.items()}
+    configs = {name: dataclasses.replace(config, **own) for name, own in variants.items()}
+    build, simulate = script.build_experiment, script.simulate
+    predictions = {name: predict(own, build, simulate=simulate) for name, own in configs.items()}
     rows = [("", *predictions)]
     for category in CATEGORIES:
         rows.append((category.replace("_", " "), *(format_bytes(p.breakdown[category]) for p in predictions.values())))

@@ -8,12 +8,16 @@ from typing import Any
 
 from src.techniques.attention import ATTENTION
 from src.techniques.checkpointing import CHECKPOINTING
+from src.techniques.compilation import COMPILATION
 from src.techniques.kernels import KERNELS
-from src.techniques.optimizers import OPTIMIZER
+from src.techniques.losses import LOSSES
+from src.techniques.optimizers import OPTIMIZERS
 from src.techniques.technique import Config, Model, Technique
 from src.utils import UsageError
 
-TECHNIQUES: dict[str, Technique] = {t.name: t for t in (*KERNELS, *CHECKPOINTING, OPTIMIZER, ATTENTION)}
+# In the order in which they change a model.
+REGISTRY = (*KERNELS, *LOSSES, *CHECKPOINTING, *OPTIMIZERS, ATTENTION, *COMPILATION)
+TECHNIQUES: dict[str, Technique] = {t.name: t for t in REGISTRY}
 KERNEL_NAMES = tuple(t.name for t in TECHNIQUES.values() if t.is_kernel)
 
 
@@ -62,11 +66,13 @@ def check(config: Config) -> None:
     for technique in TECHNIQUES.values():
         if config.script not in technique.scripts:
             continue
-        missing = [name for name in technique.needs if not getattr(config, name)]
+        missing = [TECHNIQUES[name] for name in technique.needs if not TECHNIQUES[name].is_on(config)]
         if missing and technique.differs(config):
-            flag = TECHNIQUES[missing[0]].flag or missing[0]
-            raise UsageError(f"--{technique.name} does nothing without --{flag} 1")
-        if reason := technique.refusal(config):
+            needed = missing[0].flag or missing[0].name
+            value = " 1" if isinstance(missing[0].default, bool) else ""
+            raise UsageError(f"--{technique.name} does nothing without --{needed}{value}")
+        reason = technique.refusal(config) or (config.plans and technique.unpredicted(config))
+        if reason:
             raise UsageError(reason)
 
 
@@ -79,6 +85,11 @@ def chosen(config: Config, given: Collection[str]) -> dict[str, Any]:
 def warnings(config: Config) -> list[str]:
     """What a user must know of a run's techniques, a line each."""
     return [line for t in TECHNIQUES.values() if (line := t.warning(config))]
+
+
+def gpu_only(config: Config) -> list[str]:
+    """The flags of what a run has on that no CPU runs."""
+    return [f"--{t.flag or t.name}" for t in TECHNIQUES.values() if t.gpu_only(config)]
 
 
 def apply_to_model(model: Model, config: Config) -> None:

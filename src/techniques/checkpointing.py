@@ -1,17 +1,90 @@
-"""What of the forward pass is kept for the backward pass, and what is computed again."""
+"""What of the forward pass is kept for the backward pass, where, and what is computed again."""
 
+import functools
+from typing import Any
+
+from src.techniques.libraries import missing
 from src.techniques.technique import Config, Model, Technique
 
 
 def _checkpoint(model: Model, config: Config) -> None:
-    if config.gradient_checkpointing:
-        kwargs = {"use_reentrant": False}
-        model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs=kwargs, every_n_layers=config.checkpoint_every
+    if not config.gradient_checkpointing:
+        return
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if config.cuda_graph:
+        kwargs["preserve_rng_state"] = False  # reading it waits for the GPU; nothing here is random
+    if config.checkpoint_part == "mlp":
+        _checkpoint_mlps(model, config.checkpoint_every, kwargs)
+        return
+    offload = {"offload": True} if config.checkpoint_offload == "blocking" else {}
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs=kwargs, every_n_layers=config.checkpoint_every, **offload
+    )
+    if config.checkpoint_offload == "overlapped":
+        from src.techniques.host_checkpoints import HostCheckpoints
+
+        call = functools.partial(HostCheckpoints().call, **kwargs)
+        for layer in model.model.layers:
+            layer._gradient_checkpointing_func = call
+
+
+def _checkpoint_mlps(model: Model, every: int, kwargs: dict[str, Any]) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    for layer in model.model.layers[::every]:
+        layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, **kwargs)
+
+
+def _tile(model: Model, config: Config) -> None:
+    if config.mlp_tiles == 1:
+        return
+    from liger_kernel.ops import apply_tiled_mlp
+
+    for layer in model.model.layers:
+        whole = layer.mlp.forward
+        layer.mlp.forward = functools.partial(
+            apply_tiled_mlp,
+            lambda _, tokens, whole=whole: whole(tokens),
+            layer.mlp,
+            num_shards=config.mlp_tiles,
+            compute_params=list(layer.mlp.parameters()),
         )
 
 
+def _refusal_of_offload(config: Config) -> str | None:
+    if config.checkpoint_offload == "none":
+        return None
+    if config.checkpoint_part == "mlp":
+        return "--checkpoint_offload moves the layers' inputs, which --checkpoint_part mlp does not keep"
+    if config.cuda_graph:
+        return "--checkpoint_offload waits for copies, which --cuda_graph 1 cannot hold"
+    return None
+
+
+def _refusal_of_tiles(config: Config) -> str | None:
+    if config.mlp_tiles == 1:
+        return None
+    if reason := missing("liger_kernel"):
+        return f"--mlp_tiles: {reason}"
+    if config.optimizer_in_backward:
+        return "--mlp_tiles adds up the MLPs' gradients tile by tile: --optimizer_in_backward 1 would take a part"
+    return None
+
+
 CHECKPOINTING = (
+    # Before checkpoints: those are made of what this leaves.
+    Technique(
+        name="mlp_tiles",
+        default=1,
+        help="Liger's tiled MLP: so many pieces of a sequence, one after the other, each computed again backwards",
+        tag="tiles",
+        bounds=(1, 2**16),
+        scripts=("all_gpu",),
+        compared=True,
+        changes_numerics=True,
+        refusal=_refusal_of_tiles,
+        to_model=_tile,
+    ),
     Technique(
         name="gradient_checkpointing",
         default=True,
@@ -27,5 +100,27 @@ CHECKPOINTING = (
         bounds=(1, 1024),
         needs=("gradient_checkpointing",),
         compared=True,
+    ),
+    Technique(
+        name="checkpoint_part",
+        default="layer",
+        help="what is recomputed: the layer, or its MLP alone",
+        tag="part-",
+        choices=("layer", "mlp"),
+        scripts=("all_gpu",),
+        needs=("gradient_checkpointing",),
+        compared=True,
+    ),
+    Technique(
+        name="checkpoint_offload",
+        default="none",
+        help="keep the layers' inputs on the host: blocking, as transformers copies them, or overlapped with the step",
+        tag="offload-",
+        choices=("none", "blocking", "overlapped"),
+        scripts=("all_gpu",),
+        needs=("gradient_checkpointing",),
+        compared=True,
+        refusal=_refusal_of_offload,
+        gpu_only=lambda config: config.checkpoint_offload == "blocking",
     ),
 )

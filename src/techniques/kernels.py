@@ -83,6 +83,7 @@ KERNELS = (
         changes_numerics=True,
         liger_switch="fused_linear_cross_entropy",
         implementation=lambda model: model.forward.__func__,
+        chosen=lambda config: False if config.loss != "model" else None,
     ),
     Technique(
         name="flce_chunks",

@@ -23,7 +23,7 @@ class Technique:
     offload_flag: str | None = None  # the same, of the offloaded script
     choices: tuple[str, ...] = ()
     bounds: tuple[float, float] | None = None  # smallest and largest value
-    needs: tuple[str, ...] = ()  # switches without which a value other than the default would do nothing
+    needs: tuple[str, ...] = ()  # others that must be on, or a value other than the default would do nothing
     # Drawn beside the kernels, as another strategy. Otherwise runs with another value have figures of their own.
     compared: bool = False
     changes_numerics: bool = False  # it computes the same sums in another order, or rounds elsewhere
@@ -31,6 +31,8 @@ class Technique:
     scripts: tuple[str, ...] = ("all_gpu", "deepspeed")
     refusal: Callable[[Config], str | None] = lambda config: None  # why a run with it cannot be, in one line
     warning: Callable[[Config], str | None] = lambda config: None  # what a user must know before it runs, in one line
+    gpu_only: Callable[[Config], bool] = lambda config: False  # whether a run with it cannot be on a CPU
+    unpredicted: Callable[[Config], str | None] = lambda config: None  # why no dry run can say what it needs
     # The value of a run that names none, where it depends on the run's other settings; None: the default.
     chosen: Callable[[Config], Any] = lambda config: None
 
@@ -38,6 +40,11 @@ class Technique:
     to_model: Callable[[Model, Config], None] | None = None  # to the built model
     forward_arguments: Callable[[Config], dict[str, Any]] = lambda config: {}  # of every call of the model
     implementation: Callable[[Model], object] | None = None  # the function or class that is in place in a built model
+
+    def is_on(self, config: Config) -> bool:
+        """Whether a run has it: a switch that is on, or another value than the default."""
+        value = getattr(config, self.name)
+        return value if isinstance(value, bool) else value != self.default
 
     @property
     def is_kernel(self) -> bool:
