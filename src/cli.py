@@ -34,26 +34,33 @@ def command_line(
     if words is None:
         program.begin()
     try:
-        given = vars(make_parser(description, defaults).parse_args(words))
-        given.pop("local_rank", None)  # launchers pass it on; the environment says the same
-        ranks.check_environment(defaults.script)
-        if "ds_override" in given:
-            given["ds_override"] = overrides.normalised(given["ds_override"])
-        preset = PRESETS[given.get("preset", defaults.preset)] if isinstance(defaults, OffloadConfig) else {}
-        planned = _complete(dataclasses.replace(defaults, **preset | given | {"device": "cuda"}), given)
-        device = "cuda" if _plans(planned, given) else given.get("device", defaults.device)
-        if device == "auto":
-            device = "cuda" if machine.has_gpu() else "cpu"
-        config = planned
-        if device == "cpu":
-            os.environ["TRITON_INTERPRET"] = "1"
-            own = preset | dict(cpu_defaults) | given | {"device": "cpu"}
-            config = _complete(dataclasses.replace(defaults, **own), given)
-            if refusal := config.refusal_on_cpu():
-                raise UsageError(refusal)
-        return Command(config, planned)
+        return parsed(description, defaults, cpu_defaults, words)
     except UsageError as error:
         sys.exit(_refused(error))
+
+
+def parsed(
+    description: str | None, defaults: RunConfig, cpu_defaults: Mapping[str, Any], words: Sequence[str] | None
+) -> Command:
+    """The same, for those who go on after bad arguments. Raises `UsageError`."""
+    given = vars(make_parser(description, defaults).parse_args(words))
+    given.pop("local_rank", None)  # launchers pass it on; the environment says the same
+    ranks.check_environment(defaults.script)
+    if "ds_override" in given:
+        given["ds_override"] = overrides.normalised(given["ds_override"])
+    preset = PRESETS[given.get("preset", defaults.preset)] if isinstance(defaults, OffloadConfig) else {}
+    planned = _complete(dataclasses.replace(defaults, **preset | given | {"device": "cuda"}), given)
+    device = "cuda" if _plans(planned, given) else given.get("device", defaults.device)
+    if device == "auto":
+        device = "cuda" if machine.has_gpu() else "cpu"
+    config = planned
+    if device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        own = preset | dict(cpu_defaults) | given | {"device": "cpu"}
+        config = _complete(dataclasses.replace(defaults, **own), given)
+        if refusal := config.refusal_on_cpu():
+            raise UsageError(refusal)
+    return Command(config, planned)
 
 
 def _complete(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:

@@ -4,15 +4,18 @@
     python -m src.study study --script deepspeed --preset fast              # measure them
     python -m src.study study --script deepspeed --memory_limit_gib 24      # as on a 24 GB card
     python -m src.study study --script deepspeed --num_gpus 4               # each cell on four GPUs
+    python -m src.study peers                                               # all techniques side by side at 8 x 1024
+    python -m src.study peers batch_size=1,32 --model_name Qwen/Qwen3-0.6B
     python -m src.study batch_size=1,2,4 seq_length=512 strategy=none,all --dtype fp32
     python -m src.study compare results/A.json results/B.json               # two records side by side
 
-A grid is `batch` (the original's batch sizes at 1024 tokens), `sequence` (its lengths at batch 4), `study` (both) or
-axes like batch_size=1,2,4 over any setting; strategies are none, no_flce, all or kernels like rope+flce. Other flags go
-to the script as they are. Each cell leaves its record in --result_dir; what has one is not run again, nor without a
-memory limit what ran under one and never met it. A cell that crashes, hangs or is killed is recorded as that, and the
-sweep goes on. Cells beyond one that ran out of memory with the same settings are not run but recorded as `inferred`;
---every_cell runs them.
+A grid is `batch` (the original's batch sizes at 1024 tokens), `sequence` (its lengths at batch 4), `study` (both),
+`peers` (everything that can be turned on; what needs a library that is not here is left out), or axes like
+batch_size=1,2,4 over any setting, alone or after a grid; strategies are none, no_flce, all or kernels like rope+flce.
+Other flags go to the script as they are. Each cell leaves its record in --result_dir; what has one is not run again,
+nor without a memory limit what ran under one and never met it. A cell that crashes, hangs or is killed is recorded as
+that, and the sweep goes on. Cells beyond one that ran out of memory with the same settings are not run but recorded as
+`inferred`; --every_cell runs them.
 """
 
 import argparse
@@ -53,7 +56,7 @@ def _parsed() -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("grid", nargs="+", help="batch, sequence, study, or axes like batch_size=1,2,4")
+    parser.add_argument("grid", nargs="+", help="batch, sequence, study, peers, or axes like batch_size=1,2,4")
     scripts = ("all_gpu", "deepspeed")
     parser.add_argument("--script", choices=scripts, default="all_gpu", help="which experiment (default: %(default)s)")
     parser.add_argument("--num_gpus", type=int, default=1, help="GPUs of a cell under --script deepspeed")
@@ -79,7 +82,8 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
     from src.study import grids
 
     axes = grids.grid_axes(arguments.grid)
-    grids.check(axes, arguments.script, flags)
+    tolerant = arguments.grid[0] == grids.TOLERANT
+    grids.check(axes, arguments.script, flags, tolerant=tolerant)
     device = _device(flags)
     runs_here = device is None and "--dry_run" not in {flag.partition("=")[0] for flag in flags}
     if runs_here and not machine.has_gpu():
@@ -97,7 +101,10 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
         _require_gpus(arguments.num_gpus)
     # Snapshots and logs of a whole grid are asked for, not usual.
     flags = ["--snapshot_dir=", "--log_dir=", *flags]
-    found = grids.tasks(axes, grids.script(arguments.script), flags, arguments.num_gpus)
+    left_out: set[str] | None = set() if tolerant else None
+    found = grids.tasks(axes, grids.script(arguments.script), flags, arguments.num_gpus, left_out)
+    for reason in sorted(left_out or ()):
+        print(f"left out: {reason}")
     warn([task.config for task in found])
     return Sweep(found, timeout_s=arguments.timeout_s, every_cell=arguments.every_cell).run()
 

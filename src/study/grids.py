@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from src.cli import command_line
+from src.cli import parsed
 from src.config import RunConfig
 from src.offload_config import CONFIGS
 from src.study.answers import BATCH_SIZES, FIXED_BATCH, FIXED_LENGTH, SEQ_LENGTHS
-from src.techniques import STRATEGIES, kernels_only
+from src.techniques import STRATEGIES, TECHNIQUES, kernels_only
 from src.utils import UsageError
 
 if TYPE_CHECKING:  # it imports torch; a mistake in a grid is told before that
@@ -22,8 +22,47 @@ Axes = dict[str, list[str]]  # setting -> values, as on a command line
 
 _BATCH: Axes = {"seq_length": [str(FIXED_LENGTH)], "batch_size": [str(size) for size in BATCH_SIZES]}
 _SEQUENCE: Axes = {"batch_size": [str(FIXED_BATCH)], "seq_length": [str(length) for length in SEQ_LENGTHS]}
+
+
+def _peer(strategy: str, **settings: object) -> Axes:
+    """A cell of the grid `peers`."""
+    return {"strategy": [strategy], **{name: [str(value)] for name, value in settings.items()}}
+
+
+# Everything that can be turned on: alone beside what it replaces, then what goes well together.
+_KEPT: dict[str, object] = {"gradient_checkpointing": 0}
+_COMPILED: dict[str, object] = {"flce_chunks": 16, "compile": "layers"}
+_LEAST: dict[str, object] = {"optimizer_in_backward": 1, "checkpoint_offload": "overlapped"}
+_PEERS = [
+    *(_peer(strategy, **kept) for kept in ({}, _KEPT) for strategy in STRATEGIES),
+    *(_peer("all", flce_chunks=chunks) for chunks in (4, 16)),
+    *(_peer("no_flce", loss=loss) for loss in ("liger", "cce", "cce_filtered", "torch", "chunked")),
+    _peer("no_flce", loss="chunked", loss_chunks=16),
+    _peer("all", checkpoint_every=2),
+    _peer("all", checkpoint_part="mlp"),
+    *(_peer("all", checkpoint_offload=how) for how in ("blocking", "overlapped")),
+    _peer("all", mlp_tiles=4),
+    _peer("all", mlp_tiles=4, **_KEPT),
+    *(_peer("none", compile=part, **_KEPT) for part in ("layers", "model")),
+    *(_peer("flce", **_COMPILED, **kept) for kept in ({}, _KEPT)),
+    _peer("flce", **_COMPILED, fp8=1, **_KEPT),
+    _peer("no_flce", loss="chunked", loss_chunks=16, cuda_graph=1, **_KEPT),
+    _peer("rope+swiglu", loss="chunked", loss_chunks=16, compile="layers", cuda_graph=1, **_KEPT),
+    *(
+        _peer("all", optimizer=name)
+        for name in ("adamw_foreach", "adafactor", "sgd", "adamw_8bit", "adamw_4bit", "adamw_cpu", "flash_adamw")
+    ),
+    _peer("all", optimizer_in_backward=1),
+    *(_peer("all", optimizer=name, **_LEAST) for name in ("adamw_fused", "adamw_4bit", "adafactor")),
+]
 # Name -> axes of each part.
-GRIDS: dict[str, list[Axes]] = {"batch": [_BATCH], "sequence": [_SEQUENCE], "study": [_BATCH, _SEQUENCE]}
+GRIDS: dict[str, list[Axes]] = {
+    "batch": [_BATCH],
+    "sequence": [_SEQUENCE],
+    "study": [_BATCH, _SEQUENCE],
+    "peers": _PEERS,
+}
+TOLERANT = "peers"  # what this machine or a dry run cannot do of it is left out, and told
 
 SCRIPTS = {"all_gpu": "all_gpu_liger_kernel", "deepspeed": "deepspeed_liger_kernel"}
 
@@ -45,15 +84,17 @@ class Task:
     def label(self) -> str:
         """What tells it apart, for a person."""
         sizes = f"{self.config.batch_size} x {self.config.seq_length}"
-        words = [word.removeprefix("--").replace("=", " ") for word in self.swept]
-        others = [word for word in words if word.split()[0] not in ("batch_size", "seq_length")]
+        words = {name: value for word in self.swept for name, _, value in [word.removeprefix("--").partition("=")]}
+        told = ("batch_size", "seq_length", *(t.name for t in TECHNIQUES.values() if t.compared))
+        others = [f"{name} {value}" for name, value in words.items() if name not in told]
         return ", ".join([self.config.title, sizes, *others])
 
 
 def grid_axes(words: Sequence[str]) -> list[Axes]:
-    """The axes of each part of the grid that `words` name. Raises `UsageError`."""
-    if len(words) == 1 and words[0] in GRIDS:
-        return GRIDS[words[0]]
+    """The axes of each part of the grid that `words` name: a grid, and axes over all of it. Raises `UsageError`."""
+    if words[0] in GRIDS:
+        axes = grid_axes(words[1:])[0] if words[1:] else {}
+        return [axes | part for part in GRIDS[words[0]]]
     axes: Axes = {}
     for word in words:
         name, separator, values = word.partition("=")
@@ -73,16 +114,23 @@ def strategy_of(word: str) -> dict[str, bool]:
         raise UsageError(f"strategy={word}: {error}, or one of {', '.join(STRATEGIES)}") from error
 
 
-def check(axes: Sequence[Axes], script_name: str, flags: Sequence[str]) -> None:
-    """End the program with status 2, as `tasks` would, if a word or flag cannot be. Needs no torch."""
+def check(axes: Sequence[Axes], script_name: str, flags: Sequence[str], *, tolerant: bool = False) -> None:
+    """Raises `UsageError`, as `tasks` would, if a word or flag cannot be. Needs no torch."""
     plain = SimpleNamespace(defaults=CONFIGS[script_name](), cpu_defaults={})
-    tasks(axes, plain, [*flags, "--device=cuda"])
+    tasks(axes, plain, [*flags, "--device=cuda"], left_out=set() if tolerant else None)
 
 
-def tasks(axes: Sequence[Axes], of: "Script", flags: Sequence[str], num_gpus: int = 1) -> list[Task]:
+def tasks(
+    axes: Sequence[Axes],
+    of: "Script",
+    flags: Sequence[str],
+    num_gpus: int = 1,
+    left_out: set[str] | None = None,
+) -> list[Task]:
     """Every run of the grid once: strategy by strategy, the smallest first, so that the largest can be inferred.
 
-    Those that differ in their sizes alone stand together.
+    Those that differ in their sizes alone stand together. Why a run cannot be is noted in `left_out`, and the others
+    are returned; if that is None, or if none can be, it raises `UsageError`.
     """
     found: dict[str, Task] = {}
     for part in axes:
@@ -91,14 +139,22 @@ def tasks(axes: Sequence[Axes], of: "Script", flags: Sequence[str], num_gpus: in
             kernels = [f"--{name}={int(is_on)}" for name, is_on in strategy_of(word).items()]
             for values in itertools.product(*(part[name] for name in names)):
                 own = [f"--{name}={value}" for name, value in zip(names, values)]
-                task = _task(of, [*kernels, *own, *flags], num_gpus, own)
+                try:
+                    task = _task(of, [*kernels, *own, *flags], num_gpus, own)
+                except UsageError as error:
+                    if left_out is None:
+                        raise
+                    left_out.add(str(error))
+                    continue
                 found.setdefault(task.config.run_name, task)
+    if left_out and not found:
+        raise UsageError(next(iter(left_out)))
     order = {key: i for i, key in enumerate(dict.fromkeys(t.config.but_for_sizes for t in found.values()))}
     return sorted(found.values(), key=lambda task: (order[task.config.but_for_sizes], task.config.tokens_per_step))
 
 
 def _task(of: "Script", arguments: list[str], num_gpus: int, swept: Sequence[str]) -> Task:
-    config = command_line(None, of.defaults, of.cpu_defaults, arguments).config
+    config = parsed(None, of.defaults, of.cpu_defaults, arguments).config
     if num_gpus > 1:
         config = dataclasses.replace(config, world_size=num_gpus)
     return Task(config, tuple(arguments), tuple(swept))

@@ -48,7 +48,8 @@ def kernels_title(config: Config) -> str:
 def title(config: Config) -> str:
     """A run's kernels, and what else it has on that is compared with them."""
     others = [t for t in TECHNIQUES.values() if t.compared and not t.is_kernel and t.differs(config)]
-    return ", ".join([kernels_title(config), *(f"{t.name} {getattr(config, t.name)}" for t in others)])
+    words = [t.name if isinstance(t.default, bool) else f"{t.name} {getattr(config, t.name)}" for t in others]
+    return ", ".join([kernels_title(config), *words])
 
 
 def without(config: Config) -> dict[str, Any]:
