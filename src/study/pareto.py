@@ -5,6 +5,7 @@ train the same model on as many tokens a step, on the same machine.
 """
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -80,12 +81,12 @@ class Choices:
         """All of them."""
         return [*(p.record for p in self.points), *self.absent]
 
-    @property
+    @functools.cached_property
     def frontier(self) -> list[Point]:
         """The points that no other beats, by their memory."""
         return frontier(self.points)
 
-    @property
+    @functools.cached_property
     def common(self) -> list[str]:
         """The words that hold for each of them, but for the kernels'."""
         first, *others = map(words, self.records)

@@ -30,21 +30,25 @@ _TEXT = 9
 _ROW = 0.2  # inches
 _HEADER = "No Liger: Hugging Face's code;\ngradient checkpointing unless said"
 _LONGEST = 70  # characters of a setting
-_CHART = 6.5  # inches
+_AXIS, _CHART = 0.9, 5.8  # inches
+_MOST = 80  # settings that are named, if they are not those of the frontier
 
 
 def pareto(group: Group, own: Choices) -> Figure:
     """One point a setting, the frontier as a line, and beside it a list of all, by memory."""
-    labels = [textwrap.shorten(own.label(record), _LONGEST, placeholder=" …") for record in own.records]
-    width = 2.1 + max(map(_inches, [*labels, *_HEADER.split("\n")]))
+    is_short = len(own.records) <= _MOST
+    named = own if is_short else Choices(own.frontier[:_MOST], [])
+    labels = [textwrap.shorten(own.label(record), _LONGEST, placeholder=" …") for record in named.records]
+    width = 2.2 + max(map(_inches, [*labels, *_HEADER.split("\n")]))
     height = max(4.6, 1.5 + _ROW * (len(labels) + 2))
-    drawing = empty_figure(_CHART + width, height)
+    drawing = empty_figure(_AXIS + _CHART + width, height)
     chart, names = drawing.subplots(1, 2, width_ratios=[_CHART, width])
     _points(chart, own)
-    _list(names, own, labels, width, height)
-    set_title(drawing, own.records, _notes(group, own), what=title(group, own))
+    _list(names, named, labels, width, height)
+    unnamed = [] if is_short else [f"named are {len(named.points)} of {len(own.points)} settings, all on the line"]
+    set_title(drawing, own.records, unnamed + _notes(group, own), what=title(group, own))
     drawing.draw_without_rendering()  # where the points are is known after the layout
-    _number(chart, own)
+    _number(chart, named)
     return drawing
 
 
@@ -146,7 +150,7 @@ def _number(axes: Axes, own: Choices) -> None:
         boxes = {(dx, dy): _around(x + dx, y + dy, *size) for dx, dy in _OFFSETS}
         offset = min(boxes, key=lambda o: sum(map(boxes[o].overlaps, taken)))
         taken.append(boxes[offset])
-        line = {"arrowstyle": "-", "linewidth": 0.5, "color": "#707070", "shrinkA": 5, "shrinkB": 3}
+        line = {"arrowstyle": "-", "linewidth": 0.5, "color": "#404040", "shrinkA": 5, "shrinkB": 3}
         text = axes.annotate(
             str(row),
             (point.gib, point.speed),
