@@ -10,7 +10,8 @@ comparison_fixed_batch_4_3_strategies.png), latency.png, and predicted_vs_measur
 records; those four also into the current folder. Runs of other settings or machines are drawn by themselves; those that
 have most of the original's grids have the names above, ZeRO-3 offload first, the others add settings and machine to
 them. Runs that are no grid are drawn as what their peaks are made of (peaks.png), kernels checked without a GPU as
-kernel_check.png. The names of pictures of predictions begin with predicted_.
+kernel_check.png. The names of pictures of predictions begin with predicted_. Where three settings or more were run at
+one size, pareto_*.png has memory against speed of each, and a line through those that no other beats.
 
 Exit status 1: a file that is no record was skipped; 2: there is nothing to draw.
 """

@@ -1,6 +1,7 @@
 """Which records belong together, and which of them answers for a cell of a grid. Needs no torch."""
 
 import dataclasses
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 from src.config import RunConfig
 from src.machine import H100
-from src.record import Record
+from src.record import Parity, Record
 from src.techniques import TECHNIQUES, TITLES
 from src.utils import file_name
 
@@ -37,7 +38,7 @@ GRID = tuple(Cell(name, *size) for size in _SIZES for name in TITLES.values())
 COMPARED = ("batch_size", "seq_length", *(t.name for t in TECHNIQUES.values() if t.compared))
 NOT_A_SETTING = (
     *COMPARED,
-    *("device", "dry_run", "breakdown", "iterations", "warmup", "step_per_print"),
+    *("device", "dry_run", "breakdown", "parity", "iterations", "warmup", "step_per_print"),
     *(f.name for f in dataclasses.fields(RunConfig) if f.metadata["is_place"]),
 )
 
@@ -55,6 +56,7 @@ class Setting(NamedTuple):
 
 
 StepTimes = dict[tuple[Setting, Cell], list[float]]
+Parities = dict[tuple[str, str, tuple], Parity]  # of a model, a dtype, and the techniques that change numerics
 
 
 def plain_name(text: str) -> str:
@@ -145,10 +147,10 @@ def studies(
     own = list(filter(counts, found))
     grouped: dict[Setting, dict[Cell, Record]] = {}
     for record in own:
-        _add(record, grouped.setdefault(_setting(record), {}))
+        _add(record, grouped.setdefault(study_of(record), {}))
     for record in filter(None, map(without_its_limit, own)):
-        if _setting(record) in grouped:
-            _add(record, grouped[_setting(record)])
+        if study_of(record) in grouped:
+            _add(record, grouped[study_of(record)])
     return {setting: grouped[setting] for setting in sorted(grouped, key=lambda s: distance(s, grouped[s]))}
 
 
@@ -164,7 +166,7 @@ def step_times(found: Iterable[Record]) -> StepTimes:
 def place(record: Record) -> tuple[Setting, Cell]:
     """The experiment and the machine of a run: the same for its repeats, also under a limit that they never met."""
     record = without_its_limit(record) or record
-    return _setting(record), cell(record)
+    return study_of(record), cell(record)
 
 
 def repeats(record: Record, times: StepTimes) -> str:
@@ -177,12 +179,41 @@ def spread(times: Sequence[float]) -> str:
     return f"{len(times)} runs: {times[0] * 1e3:,.1f} to {times[-1] * 1e3:,.1f}" if len(times) > 1 else ""
 
 
+def parities(found: Iterable[Record]) -> Parities:
+    """Of each way to compute gradients the parity that was measured; of several the one furthest from Hugging Face's.
+
+    A run without one of its own has that of any run of its model and dtype with the same techniques, of whatever size.
+    Techniques that leave the numbers as they are, such as checkpointing, make no difference.
+    """
+    known: Parities = {}
+    for record in found:
+        if record.parity is not None:
+            known[_numerics(record.run)] = max(known.get(_numerics(record.run), record.parity), record.parity, key=_off)
+    return known
+
+
+def with_parity(record: Record, known: Parities) -> Record:
+    """The record, with the parity of another one where it has none of its own."""
+    parity = known.get(_numerics(record.run))
+    return record if record.parity is not None or parity is None else record.model_copy(update={"parity": parity})
+
+
+def _numerics(config: RunConfig) -> tuple[str, str, tuple]:
+    techniques = tuple(getattr(config, t.name) for t in TECHNIQUES.values() if t.changes_numerics)
+    return config.model_name, config.dtype, techniques
+
+
+def _off(parity: Parity) -> tuple[bool, float]:
+    return not parity.agrees, math.inf if parity.ratio is None else parity.ratio
+
+
 def experiment(record: Record) -> tuple[RunConfig, Cell]:
     """What a record is of, on whatever machine: the same for a prediction and the run that it is of."""
     return settings(record.run), cell(record)
 
 
-def _setting(record: Record) -> Setting:
+def study_of(record: Record) -> Setting:
+    """What a record has in common with the other cells of its study."""
     return Setting(settings(record.run), machine(record))
 
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import textwrap
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -29,6 +29,8 @@ from src.study.bars import (
     step_ms,
     throughput,
 )
+from src.study.pareto import Choices, choices
+from src.study.pareto_figure import pareto
 from src.utils import GIB, MIB, file_name
 
 _OTHER = "other kernels"
@@ -46,12 +48,15 @@ def all_figures(found: Sequence[Record], most: int | None = None) -> Iterator[tu
 
     The study nearest to the original's has the original's file names. The others add their settings to them, and are
     not drawn with two strategies where they can be with three: that figure has all the bars of the other. What was
-    predicted has pictures of its own, whose names say so.
+    predicted has pictures of its own, whose names say so. Where three settings or more were run at one size, memory
+    against speed is a picture, those with most settings first.
     """
     times = answers.step_times(found)
+    in_bars: set[Setting] = set()
     for prefix, counts in (("", answers.is_measured), ("predicted_", answers.is_predicted)):
         studies = answers.studies(found, counts)
         drawn = {setting: own for setting, cells in studies.items() if (own := _figures_of(setting, cells, times))}
+        in_bars |= drawn.keys()
         for i, (setting, named) in enumerate(itertools.islice(drawn.items(), most)):
             original = i == 0 and not prefix
             for name, draw in named.items():
@@ -63,11 +68,20 @@ def all_figures(found: Sequence[Record], most: int | None = None) -> Iterator[tu
         for i, place in enumerate(itertools.islice(dict.fromkeys(map(machine, lone)), most)):
             group = [r for r in lone if machine(r) == place]
             yield f"{prefix}peaks{f'_{file_name(answers.plain_name(place))}' if i else ''}.png", peaks(group, times)
+    by_size = {group: own for group, own in choices(found).items() if not _is_in_bars(own, in_bars)}
+    for group, own in itertools.islice(by_size.items(), most):
+        yield f"{group.name}.png", pareto(group, own)
     for i, record in enumerate(itertools.islice((r for r in found if r.kernel_check), most)):
         yield f"kernel_check{f'_{file_name(record.run.run_name)}' if i else ''}.png", kernel_check(record)
     pairs = predicted_and_measured(found)
     if pairs:
         yield "predicted_vs_measured.png", predicted_figure(pairs)
+
+
+def _is_in_bars(own: Choices, drawn: Collection[Setting]) -> bool:
+    """Whether all points are bars beside each other already: the three strategies of one study that has bars."""
+    settings = {answers.study_of(p.record) for p in own.points}
+    return len(settings) == 1 and settings <= set(drawn) and all(p.record.run.title in THREE for p in own.points)
 
 
 def _figures_of(setting: Setting, cells: Cells, times: StepTimes) -> dict[str, Draw]:
