@@ -30,12 +30,15 @@ def test_mean_underflows_in_fp16_and_the_sum_does_not(tmp_path):
     sizes = {"vocab_size": 2048, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 4}
     model = write_llama_folder(tmp_path, max_position_embeddings=512, **sizes)
     config = tiny_config(model_name=model, batch_size=2, seq_length=512, dtype="fp16", flce=True, flce_chunks=64)
-    mean, total = compared(config, dataclasses.replace(config, flce_reduction="sum"))
+    chunked = dataclasses.replace(config, flce=False, loss="chunked", flce_chunks=1, loss_chunks=64)
+    mean, total, plain = compared(config, dataclasses.replace(config, flce_reduction="sum"), chunked)
     assert not mean.agrees
     assert mean.ratio > 2
     assert mean.run.worst_parameter == "model.norm.weight"
     assert total.agrees
     assert total.ratio < 1.2
+    assert plain.agrees
+    assert plain.ratio < 1.2
     # The batch is the runs' own: Hugging Face's error is the same for both.
     assert mean.hugging_face == total.hugging_face
 

@@ -13,9 +13,11 @@ from src.config import RunConfig
 from src.families import FAMILIES, shipped
 from src.model_utils import build_model, patched
 from src.offload_config import OffloadConfig
+from src.optimizer_utils import build_optimizer
 from src.predict.dry_run import predict
-from src.utils import UsageError
-from tests.helpers import tiny_config, write_llama_folder
+from src.techniques import losses
+from src.utils import MIB, UsageError
+from tests.helpers import HUGGING_FACE, tiny_config, write_llama_folder
 
 
 def difference(config, other):
@@ -86,9 +88,107 @@ def test_checkpoint_every_leaves_every_other_layer_its_activations(tmp_path):
     assert [layer.gradient_checkpointing for layer in layers] == [True, False, True, False]
 
 
-def test_checkpoint_every_computes_the_same(tmp_path):
-    config = tiny_config(model_name=write_llama_folder(tmp_path))
-    assert difference(dataclasses.replace(config, checkpoint_every=2), config) == 0
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    return tiny_config(model_name=write_llama_folder(tmp_path_factory.mktemp("model")), batch_size=2, iterations=1)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_run):
+    return kernels.train(tiny_run, script.build_experiment)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"loss": "liger"},
+        {"loss": "chunked"},
+        {"loss": "chunked", "loss_chunks": 2},
+        pytest.param({"loss": "torch"}, marks=pytest.mark.skipif(not losses.torch_has_it(), reason="an older torch")),
+        {"checkpoint_every": 2},
+        {"checkpoint_part": "mlp", "checkpoint_every": 2},
+        {"checkpoint_offload": "overlapped"},
+        {"mlp_tiles": 3},
+        {"mlp_tiles": 3, "gradient_checkpointing": False},
+    ],
+    ids=lambda setting: " ".join(map(str, setting.values())),
+)
+def test_technique_computes_what_hugging_faces_code_does(tiny_run, plain, setting):
+    trained = kernels.train(dataclasses.replace(tiny_run, **setting), script.build_experiment)
+    assert kernels.relative_difference(trained.gradient, plain.gradient) < kernels.TOLERANCE
+    assert trained.measurement.losses == pytest.approx(plain.measurement.losses, rel=1e-6)
+
+
+def test_optimizer_in_the_backward_pass_updates_as_it_does_after_it(tmp_path):
+    config = tiny_config(model_name=write_llama_folder(tmp_path), learning_rate=1e-2)
+    ids, weights = torch.randint(199, (2, 8)), {}
+    for in_backward in (False, True):
+        torch.manual_seed(0)
+        model = build_model(config, torch.device("cpu"))
+        optimizer = build_optimizer(model, dataclasses.replace(config, optimizer_in_backward=in_backward))
+        for _ in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+            assert all(p.grad is None for p in model.parameters()) == in_backward
+            optimizer.step()
+            optimizer.zero_grad()
+        weights[in_backward] = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert torch.equal(weights[True], weights[False])
+
+
+def test_peaks_of_techniques_differ_by_what_they_keep(tmp_path):
+    """Here one layer's input is 2 MiB, and the logits are 32 MiB in bf16, of which the loss makes 64 MiB in fp32."""
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "head_dim": 64}
+    model = folder_of(tmp_path, "tiny-llama", num_hidden_layers=6, num_key_value_heads=4, **shape)
+    config = RunConfig(model_name=model, batch_size=4, seq_length=1024, **HUGGING_FACE)
+
+    def peaks(**settings):
+        changed = dataclasses.replace(config, **settings)
+        return predict(changed, script.build_experiment, simulate=script.SCRIPT.simulate).phases.peak_bytes
+
+    whole, liger, chunked = (max(peaks(loss=loss).values()) / MIB for loss in ("model", "liger", "chunked"))
+    assert whole - liger >= 64
+    assert whole - chunked > 96
+    # Of six inputs, four have left the GPU when the loss begins.
+    here, tiled, there = (
+        peaks(loss="chunked", optimizer="sgd", **own)["forward"] / MIB
+        for own in ({}, {"checkpoint_part": "mlp"}, {"checkpoint_offload": "overlapped"})
+    )
+    assert here - there == 4 * 2
+    assert tiled > here
+
+
+REFUSED = {
+    "a run has one loss": {"loss": "chunked", "flce": True},
+    "--loss_chunks is for --loss chunked": {"loss": "liger", "loss_chunks": 2},
+    "--loss_chunks does nothing without --loss": {"loss_chunks": 2},
+    "--loss cce: it needs the package cut-cross-entropy: pip install -r requirements-extra.txt": {"loss": "cce"},
+    "--fp8: it needs the package torchao": {"fp8": True},
+    "--optimizer flash_adamw: it needs the package flashoptim": {"optimizer": "flash_adamw"},
+    "--checkpoint_offload moves": {"checkpoint_offload": "blocking", "checkpoint_part": "mlp"},
+    "--checkpoint_part does nothing without": {"checkpoint_part": "mlp", "gradient_checkpointing": False},
+    "--mlp_tiles adds up": {"mlp_tiles": 2, "optimizer_in_backward": True},
+    "--optimizer_in_backward updates": {"optimizer_in_backward": True, "gradient_accumulation_steps": 2},
+    "--optimizer_in_backward cannot see": {"optimizer_in_backward": True, "dtype": "fp16"},
+    "Liger's RMSNorm cannot be compiled": {"compile": "layers", "rms_norm": True},
+    "--cuda_graph cannot hold a loss": {"cuda_graph": True, "flce": True},
+    "--cuda_graph goes with --optimizer": {"cuda_graph": True, "optimizer": "adafactor"},
+    "--cuda_graph needs --warmup 3": {"cuda_graph": True, "warmup": 2},
+    "--compile is not predicted": {"compile": "layers", "dry_run": True},
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_does_not_go_together_is_refused_in_a_line(monkeypatch, text):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # as where no optional library is installed
+    with pytest.raises(UsageError) as caught:
+        techniques.check(RunConfig(**{**HUGGING_FACE, **REFUSED[text]}))
+    assert str(caught.value).startswith(text)
+
+
+def test_a_loss_of_hidden_states_is_refused_where_the_model_changes_its_logits(tmp_path):
+    model = folder_of(tmp_path, "tiny-gemma2", num_hidden_layers=1)
+    with pytest.raises(UsageError, match="leaves out the final_logit_softcapping of gemma2 models: --loss liger"):
+        build_model(tiny_config(model_name=model, attention="eager", loss="chunked"), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-from src.techniques.libraries import missing
 from src.techniques.technique import Config, Model, Technique
 
 
@@ -62,11 +61,7 @@ def _refusal_of_offload(config: Config) -> str | None:
 
 
 def _refusal_of_tiles(config: Config) -> str | None:
-    if config.mlp_tiles == 1:
-        return None
-    if reason := missing("liger_kernel"):
-        return f"--mlp_tiles: {reason}"
-    if config.optimizer_in_backward:
+    if config.mlp_tiles > 1 and config.optimizer_in_backward:
         return "--mlp_tiles adds up the MLPs' gradients tile by tile: --optimizer_in_backward 1 would take a part"
     return None
 

@@ -7,7 +7,7 @@ from src.techniques.libraries import missing
 from src.techniques.technique import Config, Model, Technique
 from src.utils import UsageError
 
-_LIBRARIES = {"cce": "cut_cross_entropy", "cce_filtered": "cut_cross_entropy", "liger": "liger_kernel"}
+_LIBRARIES = {"cce": "cut_cross_entropy", "cce_filtered": "cut_cross_entropy"}
 # What a model does to its logits before the loss, which these losses leave out.
 _ON_LOGITS = ("final_logit_softcapping", "logits_scaling")
 
@@ -19,12 +19,13 @@ def _refusal(config: Config) -> str | None:
         return f"a run has one loss: --loss {config.loss} goes with --enable_flce 0"
     if config.loss in _LIBRARIES and (reason := missing(_LIBRARIES[config.loss])):
         return f"--loss {config.loss}: {reason}"
-    if config.loss == "torch" and not _torch_has_it():
+    if config.loss == "torch" and not torch_has_it():
         return "--loss torch needs torch 2.13 or newer, which has linear_cross_entropy"
     return None
 
 
-def _torch_has_it() -> bool:
+def torch_has_it() -> bool:
+    """Whether this PyTorch has `linear_cross_entropy`."""
     from importlib.metadata import version
 
     return tuple(int(part) for part in version("torch").split(".")[:2]) >= (2, 13)
