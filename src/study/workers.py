@@ -1,9 +1,9 @@
 """The processes in which the runs of a study work.
 
 In other processes because Liger's patches cannot be undone and a GPU that ran out of memory starts clean; forked from
-one that has imported everything, because importing takes longer than most runs. The process that forks must never
-initialise CUDA. A run on several GPUs starts afresh instead, as under a launcher: its imports are few beside building
-the engine, and no library that touches CUDA as it is imported can spoil it.
+one that has imported everything, because importing takes longer than most runs. CUDA cannot be used in a fork of a
+process that has initialised it, as some libraries do while they are imported (torchao): then each run starts afresh. A
+run on several GPUs always does, as under a launcher: its imports are few beside building the engine.
 """
 
 import contextlib
@@ -20,6 +20,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
+from src import machine
 from src.cli import run_config
 from src.config import RunConfig
 from src.experiment import Script
@@ -61,14 +64,15 @@ class Job:
         self._workers: list[_Worker] = []
         sys.stdout.flush()
         sys.stderr.flush()
-        for environment in _ranks_of(task.config):
+        for variables in _ranks_of(task.config):
             ours, theirs = Pipe()
-            pid = _spawn(task.config.script, theirs, environment) if environment else _fork()
+            starts_afresh = bool(variables) or torch.cuda.is_initialized()
+            pid = _spawn(task.config.script, theirs, variables) if starts_afresh else _fork()
             if pid == 0:
                 ours.close()
                 _serve(script(task.config.script), theirs)
             theirs.close()
-            self._workers.append(_Worker(pid, ours, f"rank {environment['RANK']}: " if environment else ""))
+            self._workers.append(_Worker(pid, ours, f"rank {variables['RANK']}: " if variables else ""))
 
     def takes(self, task: Task) -> bool:
         """Whether `task` can run in these processes."""
@@ -120,11 +124,11 @@ def _fork() -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
 
-def _spawn(script_name: str, connection: Connection, environment: dict[str, str]) -> int:
+def _spawn(script_name: str, connection: Connection, variables: dict[str, str]) -> int:
     """Start this module as a program, which serves one script at its end of the connection; its process."""
     os.set_inheritable(connection.fileno(), True)
     command = [sys.executable, "-m", __name__, script_name, str(connection.fileno())]
-    return os.posix_spawn(sys.executable, command, os.environ | environment, setsid=True)
+    return os.posix_spawn(sys.executable, command, os.environ | variables, setsid=True)
 
 
 def _serve(of: Script, connection: Connection) -> NoReturn:
@@ -179,14 +183,14 @@ def what_happened(ending: int | None, log: Path) -> tuple[str, str]:
 
 def facts_of(config: RunConfig) -> dict[str, Any]:
     """The environment that a run of `config` would record, from a child process: reading it initialises CUDA."""
+    if torch.cuda.is_initialized():
+        return machine.environment(on_gpu=not config.dry_run and config.device == "cuda")
     reading, writing = os.pipe()
     child = _fork()
     if child == 0:
         try:
-            from src.machine import environment
-
             with os.fdopen(writing, "w") as file:
-                json.dump(environment(on_gpu=not config.dry_run and config.device == "cuda"), file)
+                json.dump(machine.environment(on_gpu=not config.dry_run and config.device == "cuda"), file)
         finally:
             os._exit(0)
     os.close(writing)
