@@ -16,6 +16,7 @@ from src.offload_config import OffloadConfig
 from src.optimizer_utils import build_optimizer
 from src.predict.dry_run import predict
 from src.techniques import losses
+from src.techniques.host_checkpoints import HostCheckpoints
 from src.utils import MIB, UsageError
 from tests.helpers import HUGGING_FACE, tiny_config, write_llama_folder
 
@@ -126,7 +127,7 @@ def test_inputs_kept_on_the_host_come_back_in_any_order_of_arguments():
     for call in (lambda f, *args: f(*args), lambda f, *args: kept.call(f, *args, use_reentrant=False)):
         x = torch.ones(2, 4)
         for weight in weights:
-            x = call(lambda empty, x, weight=weight: torch.tanh(x @ weight), torch.empty(0), x)
+            x = call(lambda empty, x, weight=weight: torch.tanh(x @ weight), torch.empty(0, requires_grad=True), x)
         x.sum().backward()
         gradients.append([w.grad.clone() for w in weights])
         for weight in weights:
