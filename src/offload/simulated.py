@@ -27,7 +27,9 @@ from src.predict.fake_machine import FakeMachine
 
 # Of the offloaded records under doc/data/.
 MEASURED_RANKS = 2
-MEASURED_MODELS = ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-1B")
+MEASURED_MODELS = tuple(
+    f"meta-llama/Llama-{name}{suffix}" for name in ("3.2-1B", "3.1-8B") for suffix in ("", "-Instruct")
+)
 
 _EXCHANGES = ["all_reduce", "all_reduce_coalesced", "inference_all_reduce", "reduce", "send", "recv", "barrier"]
 _EXCHANGES += ["reduce_scatter", "reduce_scatter_tensor", "broadcast", "broadcast_object_list", "gather", "scatter"]
