@@ -94,7 +94,7 @@ def build_experiment(config: RunConfig, runtime: Runtime) -> Experiment:
         optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).mean()
 
-    return Experiment(model, optimizer, scaler, step)
+    return Experiment(model, optimizer, scaler, runtime.captured(step) if config.cuda_graph else step)
 
 
 def main(config: RunConfig, planned: RunConfig | None = None) -> int:

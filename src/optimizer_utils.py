@@ -18,6 +18,8 @@ def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Op
     chosen = CHOICES[config.optimizer]
     kind = getattr(importlib.import_module(chosen.library), chosen.name)
     settings = dict(chosen.settings)
+    if config.cuda_graph and chosen.name == "AdamW":
+        settings["capturable"] = True
     if config.optimizer == "adamw_cpu":
         settings["offload_gradients"] = config.gradient_accumulation_steps == 1
 

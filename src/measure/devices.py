@@ -6,6 +6,8 @@ import gc
 import torch
 
 from src.config import RunConfig
+from src.experiment import Step
+from src.measure.graph import GraphedStep
 from src.utils import GIB, UsageError
 
 
@@ -21,6 +23,7 @@ class CudaRuntime:
         if config.memory_limit_gib is not None:
             self._limit(int(config.memory_limit_gib * GIB))
         self._retries_before = self._retries()
+        self._captured_peak_bytes = 0
 
     def _limit(self, limit_bytes: int) -> None:
         total = torch.cuda.get_device_properties(self.device).total_memory
@@ -45,7 +48,16 @@ class CudaRuntime:
 
     def peak_bytes(self) -> tuple[int, int | None]:
         """Peak allocated and peak reserved since the last reset."""
-        return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+        peak = max(torch.cuda.max_memory_allocated(self.device), self._captured_peak_bytes)
+        return peak, torch.cuda.max_memory_reserved(self.device)
+
+    def captured(self, step: Step) -> Step:
+        """`step` as a CUDA graph; its peak counts from its capture on, whatever the allocator says."""
+
+        def note(peak_bytes: int) -> None:
+            self._captured_peak_bytes = peak_bytes
+
+        return GraphedStep(step, note)
 
     def device_used_bytes(self) -> int | None:
         """Memory in use on the whole card as the driver sees it: ours, the CUDA context, and other programs'."""
@@ -86,6 +98,10 @@ class HostRuntime:
 
     def allocation_retries(self) -> int | None:
         return None
+
+    def captured(self, step: Step) -> Step:
+        """There is nothing to capture for."""
+        return step
 
 
 class OutOfMemoryWatch:

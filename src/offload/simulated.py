@@ -64,6 +64,15 @@ class SimulatedRank(FakeMachine):
 class SimulatedProcess(FakeMachine):
     """A process without others, which keeps what one GPU does not hold in the host beside it."""
 
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Let everything in the block run in this process; copies beside the step are done at once."""
+        with contextlib.ExitStack() as stack:
+            for name in ("Stream", "stream", "current_stream"):
+                stack.enter_context(mock.patch(f"torch.cuda.{name}", _Nothing))
+            stack.enter_context(super().active())
+            yield
+
     def host_peak_bytes(self) -> int:
         """What the tensors take there, and the process beside them."""
         return self.host.peak_bytes + PROCESS_BYTES

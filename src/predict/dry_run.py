@@ -15,7 +15,7 @@ from typing import Self
 import torch
 
 from src.config import RunConfig
-from src.experiment import Build, Experiment, Mark, OutOfMemory, Script, no_mark
+from src.experiment import Build, Experiment, Mark, OutOfMemory, Script, Step, no_mark
 from src.explain.categories import CATEGORIES
 from src.explain.reading import save
 from src.explain.recording import Attribution
@@ -68,6 +68,10 @@ class FakeRuntime:
     def allocation_retries(self) -> int | None:
         """Simulated, but not counted."""
         return None
+
+    def captured(self, step: Step) -> Step:
+        """The step itself: what it asks for while it is captured is what its replays use."""
+        return step
 
 
 @dataclass(frozen=True)

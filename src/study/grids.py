@@ -32,7 +32,7 @@ def _peer(strategy: str, **settings: object) -> Axes:
 # Everything that can be turned on: alone beside what it replaces, then what goes well together.
 _KEPT: dict[str, object] = {"gradient_checkpointing": 0}
 _COMPILED: dict[str, object] = {"flce_chunks": 16, "compile": "layers"}
-_LEAST: dict[str, object] = {"optimizer_in_backward": 1, "checkpoint_offload": "blocking"}
+_LEAST: dict[str, object] = {"optimizer_in_backward": 1, "checkpoint_offload": "overlapped"}
 _PEERS = [
     *(_peer(strategy, **kept) for kept in ({}, _KEPT) for strategy in STRATEGIES),
     *(_peer("all", flce_chunks=chunks) for chunks in (4, 16)),
@@ -40,12 +40,14 @@ _PEERS = [
     _peer("no_flce", loss="chunked", loss_chunks=16),
     _peer("all", checkpoint_every=2),
     _peer("all", checkpoint_part="mlp"),
-    _peer("all", checkpoint_offload="blocking"),
+    *(_peer("all", checkpoint_offload=how) for how in ("blocking", "overlapped")),
     _peer("all", mlp_tiles=4),
     _peer("all", mlp_tiles=4, **_KEPT),
     *(_peer("none", compile=part, **_KEPT) for part in ("layers", "model")),
     *(_peer("flce", **_COMPILED, **kept) for kept in ({}, _KEPT)),
     _peer("flce", **_COMPILED, fp8=1, **_KEPT),
+    _peer("no_flce", loss="chunked", loss_chunks=16, cuda_graph=1, **_KEPT),
+    _peer("rope+swiglu", loss="chunked", loss_chunks=16, compile="layers", cuda_graph=1, **_KEPT),
     *(
         _peer("all", optimizer=name)
         for name in ("adamw_foreach", "adafactor", "sgd", "adamw_8bit", "adamw_4bit", "adamw_cpu", "flash_adamw")

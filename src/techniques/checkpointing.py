@@ -9,7 +9,9 @@ from src.techniques.technique import Config, Model, Technique
 def _checkpoint(model: Model, config: Config) -> None:
     if not config.gradient_checkpointing:
         return
-    kwargs = {"use_reentrant": False}
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if config.cuda_graph:
+        kwargs["preserve_rng_state"] = False  # reading it waits for the GPU; nothing here is random
     if config.checkpoint_part == "mlp":
         _checkpoint_mlps(model, config.checkpoint_every, kwargs)
         return
@@ -17,6 +19,12 @@ def _checkpoint(model: Model, config: Config) -> None:
     model.gradient_checkpointing_enable(
         gradient_checkpointing_kwargs=kwargs, every_n_layers=config.checkpoint_every, **offload
     )
+    if config.checkpoint_offload == "overlapped":
+        from src.techniques.host_checkpoints import HostCheckpoints
+
+        call = functools.partial(HostCheckpoints().call, **kwargs)
+        for layer in model.model.layers:
+            layer._gradient_checkpointing_func = call
 
 
 def _checkpoint_mlps(model: Model, every: int, kwargs: dict[str, Any]) -> None:
@@ -47,6 +55,8 @@ def _refusal_of_offload(config: Config) -> str | None:
         return None
     if config.checkpoint_part == "mlp":
         return "--checkpoint_offload moves the layers' inputs, which --checkpoint_part mlp does not keep"
+    if config.cuda_graph:
+        return "--checkpoint_offload waits for copies, which --cuda_graph 1 cannot hold"
     return None
 
 
@@ -99,9 +109,9 @@ CHECKPOINTING = (
     Technique(
         name="checkpoint_offload",
         default="none",
-        help="keep the layers' inputs on the host: blocking, as transformers copies them, between the layers' work",
+        help="keep the layers' inputs on the host: blocking, as transformers copies them, or overlapped with the step",
         tag="offload-",
-        choices=("none", "blocking"),
+        choices=("none", "blocking", "overlapped"),
         scripts=("all_gpu",),
         needs=("gradient_checkpointing",),
         compared=True,

@@ -1,4 +1,4 @@
-"""What PyTorch compiles, and matrix products in 8 bits, which need it to be fast."""
+"""What PyTorch compiles or captures, and matrix products in 8 bits, which need it to be fast."""
 
 from src.techniques.libraries import missing
 from src.techniques.technique import Config, Model, Technique
@@ -29,6 +29,20 @@ def _refusal_of_fp8(config: Config) -> str | None:
     if reason := missing("torchao"):
         return f"--fp8: {reason}"
     return None if config.dtype == "bf16" else "--fp8 goes with --dtype bf16: it is for what would be bf16 products"
+
+
+def _refusal_of_graph(config: Config) -> str | None:
+    if not config.cuda_graph:
+        return None
+    if config.flce or config.loss in ("liger", "cce", "cce_filtered"):
+        return "--cuda_graph cannot hold a loss that waits for the GPU: --enable_flce 0, or --loss chunked"
+    if config.dtype == "fp16":
+        return "--cuda_graph cannot hold fp16's loss scaler, which waits for the GPU"
+    if config.optimizer not in ("adamw_fused", "sgd"):
+        return f"--cuda_graph goes with --optimizer adamw_fused or sgd, not {config.optimizer}"
+    if config.warmup < 3:
+        return "--cuda_graph needs --warmup 3: two steps before the one that is captured"
+    return None
 
 
 def _not_predicted(config: Config) -> str | None:
@@ -64,5 +78,15 @@ COMPILATION = (
         gpu_only=lambda config: config.compile != "none",
         unpredicted=_not_predicted,
         to_model=_compile,
+    ),
+    Technique(
+        name="cuda_graph",
+        default=False,
+        help="launch the whole step at once: for small batches, where the GPU waits for the CPU to launch kernels",
+        tag="graph",
+        scripts=("all_gpu",),
+        compared=True,
+        refusal=_refusal_of_graph,
+        gpu_only=lambda config: config.cuda_graph,
     ),
 )
