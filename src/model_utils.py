@@ -186,16 +186,17 @@ def parameter_counts(shape: PretrainedConfig) -> tuple[int, int]:
 def flops_per_step(model: PreTrainedModel, config: RunConfig) -> int:
     """Floating-point operations that one optimizer step needs: 6·N·T for the weights plus causal attention.
 
-    N counts every weight that takes part in a matrix product: all but an embedding that is not also the LM head.
+    N counts every weight that takes part in a matrix product: all but an embedding that is not also the LM head. One
+    that is not trained, as under LoRA, needs no gradient of its own: 4 in place of 6.
     Attention is 2 products of S·S·heads·head_dim per layer and sequence, halved by the causal mask, 2 operations
     each, and three times that with the backward pass. Recomputation under gradient checkpointing is not counted.
     Method: PaLM (Chowdhery et al. 2022), appendix B, with the causal half of attention left out.
     """
     shape = model.config
-    weights = sum(full_shape(p).numel() for p in model.parameters() if len(full_shape(p)) == 2)
-    if not shape.tie_word_embeddings:
-        weights -= full_shape(model.get_input_embeddings().weight).numel()
+    of_input = None if shape.tie_word_embeddings else model.get_input_embeddings().weight
+    products = [p for p in model.parameters() if len(full_shape(p)) == 2 and p is not of_input]
+    of_weights = sum((6 if p.requires_grad else 4) * full_shape(p).numel() for p in products)
     tokens = config.tokens_per_step
     attention_width = shape.num_attention_heads * shape.head_dim
     attention = 6 * shape.num_hidden_layers * attention_width * config.seq_length * tokens
-    return 6 * weights * tokens + attention
+    return of_weights * tokens + attention

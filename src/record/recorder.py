@@ -159,7 +159,7 @@ class Recorder:
     def _add_speed(self, step_seconds: list[float]) -> None:
         record = self.record
         first, latency, third = quartiles(step_seconds)
-        peak = machine.peak_flops(record.environment.gpu, self.config.dtype)
+        peak = machine.peak_flops(record.environment.gpu, self.config.compute_dtype)
         record.step_seconds = step_seconds
         record.latency_s = latency
         record.latency_iqr_s = third - first if len(step_seconds) > 1 else None

@@ -10,13 +10,15 @@ from src.techniques.attention import ATTENTION
 from src.techniques.checkpointing import CHECKPOINTING
 from src.techniques.compilation import COMPILATION
 from src.techniques.kernels import KERNELS
+from src.techniques.lora import LORA
 from src.techniques.losses import LOSSES
 from src.techniques.optimizers import OPTIMIZERS
+from src.techniques.precision import MIXED_PRECISION
 from src.techniques.technique import Config, Model, Technique
 from src.utils import UsageError
 
 # In the order in which they change a model.
-REGISTRY = (*KERNELS, *LOSSES, *CHECKPOINTING, *OPTIMIZERS, ATTENTION, *COMPILATION)
+REGISTRY = (*KERNELS, *LORA, *LOSSES, *CHECKPOINTING, *OPTIMIZERS, ATTENTION, MIXED_PRECISION, *COMPILATION)
 TECHNIQUES: dict[str, Technique] = {t.name: t for t in REGISTRY}
 KERNEL_NAMES = tuple(t.name for t in TECHNIQUES.values() if t.is_kernel)
 
@@ -80,6 +82,8 @@ def check(config: Config) -> None:
 def chosen(config: Config, given: Collection[str]) -> dict[str, Any]:
     """Values of settings that are not among the `given` ones and depend on others."""
     own = {t.name: t.chosen(config) for t in TECHNIQUES.values() if t.name not in given}
+    if config.mixed_precision != "none" and "dtype" not in given:
+        own["dtype"] = "fp32"
     return {name: value for name, value in own.items() if value is not None}
 
 

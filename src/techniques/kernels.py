@@ -1,5 +1,6 @@
 """The Liger kernels. Off means Hugging Face's own code."""
 
+import inspect
 import sys
 from typing import Any
 
@@ -31,7 +32,7 @@ def _underflow(config: Config) -> str | None:
     Under "mean" it is divided by the number of tokens there, which takes most of it below what fp16 can hold
     (linkedin/Liger-Kernel issue 512).
     """
-    if not (config.flce and config.dtype == "fp16" and config.flce_reduction == "mean"):
+    if not (config.flce and config.compute_dtype == "fp16" and config.flce_reduction == "mean"):
         return None
     return (
         "fp16 with FLCE's mean trains wrongly: gradients are divided by the number of tokens before the loss scale "
@@ -82,7 +83,7 @@ KERNELS = (
         compared=True,
         changes_numerics=True,
         liger_switch="fused_linear_cross_entropy",
-        implementation=lambda model: model.forward.__func__,
+        implementation=lambda model: inspect.unwrap(model.forward).__func__,
         chosen=lambda config: False if config.loss != "model" else None,
     ),
     Technique(
@@ -107,7 +108,7 @@ KERNELS = (
         changes_numerics=True,
         forward_arguments=_tokens_with_labels,
         warning=_underflow,
-        chosen=lambda config: "sum" if config.flce and config.dtype == "fp16" else None,
+        chosen=lambda config: "sum" if config.flce and config.compute_dtype == "fp16" else None,
     ),
     Technique(
         name="flce_accumulation",
