@@ -83,7 +83,7 @@ KERNELS = (
         compared=True,
         changes_numerics=True,
         liger_switch="fused_linear_cross_entropy",
-        implementation=lambda model: inspect.unwrap(model.forward).__func__,
+        implementation=lambda model: inspect.unwrap(model.forward, stop=inspect.ismethod).__func__,
         chosen=lambda config: False if config.loss != "model" else None,
     ),
     Technique(
