@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import statistics
+from collections import Counter
 
 import pytest
 
@@ -11,6 +12,7 @@ import deepspeed_liger_kernel as script
 from doc import evidence
 from src import overrides
 from src.measure.devices import HostRuntime
+from src.offload import simulated
 from src.offload.simulated import SimulatedRank, unchecked
 from src.offload_config import PRESETS, OffloadConfig
 from src.predict.dry_run import FakeRuntime, predict
@@ -223,10 +225,10 @@ def tiny(tmp_path_factory):
     return [f"--{name}={value}" for name, value in flags.items()], place
 
 
-def predicted_parts(**fields):
+def predicted_parts(preset="original", simulate=SimulatedRank, **fields):
     """Of a tiny model's peak, by category."""
-    config = OffloadConfig(model_name="tiny-llama", seq_length=64, dtype="bf16", **HUGGING_FACE, **fields)
-    return predict(config, script.build_experiment, simulate=SimulatedRank)
+    own = {"model_name": "tiny-llama", "seq_length": 64, "dtype": "bf16", "preset": preset} | HUGGING_FACE | fields
+    return predict(OffloadConfig(**PRESETS[preset] | own), script.build_experiment, simulate=simulate)
 
 
 @functools.cache
@@ -251,6 +253,31 @@ def test_each_stage_holds_what_its_definition_says():
         assert sum(held.values()) >= resident
         assert found.peak_bytes >= resident
         assert found.peak_bytes < resident + 8 * count + 100 * block
+
+
+class Counting(SimulatedRank):
+    """Counts the operations that it sees."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, *args, **kwargs):
+        self.operations += 1
+        return super().__torch_dispatch__(*args, **kwargs)
+
+
+def test_without_the_pieces_of_other_ranks_only_the_time_is_another(monkeypatch):
+    def predicted(ranks):
+        found = predicted_parts("fast", Counting, world_size=ranks)
+        # A set of parameters is let go in any order.
+        requests = Counter((what, a.size, a.phase, a.operation) for what, a in found.gpu.events)
+        sizes = found.phases, found.peak_reserved_bytes, found.host_peak_bytes, found.breakdown
+        return found.gpu.operations, (requests, *sizes)
+
+    few, without = predicted(6)  # some pieces are padded
+    monkeypatch.setattr(simulated, "only_own_pieces", lambda: ())
+    many, as_deepspeed_does = predicted(6)
+    assert without == as_deepspeed_does
+    assert many > 1.1 * few
 
 
 def test_search_and_card_print_what_fits(tiny):

@@ -3,7 +3,8 @@
 Which weights are gathered and when they are let go, what is prefetched, how gradients are reduced and where the
 optimizer works is DeepSpeed's code, run as it is: a prediction follows its version and its configuration. Replaced are
 only the things that DeepSpeed reaches beyond PyTorch's tensors: streams, the exchange with other ranks, and compiled
-updates of host memory. None of them takes memory that PyTorch's allocator would count.
+updates of host memory; and what it does once for each rank (many_ranks.py). None of them takes memory that PyTorch's
+allocator would count.
 
 Rank 0 is simulated. Partitions are rounded up, so no rank holds more.
 """
@@ -20,6 +21,7 @@ import torch
 
 from src.machine import Gpu
 from src.offload.host_memory import PROCESS_BYTES
+from src.offload.many_ranks import only_own_pieces
 from src.offload_config import OffloadConfig
 from src.predict.fake_gpu import aten
 from src.predict.fake_machine import FakeMachine
@@ -105,7 +107,7 @@ def _job(rank: SimulatedRank, world_size: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.nn.functional, "linear", torch.nn.functional.linear))
         stack.enter_context(_quiet())
         deepspeed.init_distributed("nccl", verbose=False)
-        for patch in (*_silent_peers(comm.cdb), *_nothing_compiled(), *_sound_gradients()):
+        for patch in (*_silent_peers(comm.cdb), *only_own_pieces(), *_nothing_compiled(), *_sound_gradients()):
             stack.enter_context(patch)
         yield
 
