@@ -97,10 +97,15 @@ class OffloadConfig(RunConfig):
         tag="ds",
         longest=2**20,
     )
+    find_min: str | None = option(
+        None, "search the smallest that fits, a power of two; the GPUs of a dry run", tag="min", choices=("num_gpus",)
+    )
     step_per_print: int = option(10, "steps between DeepSpeed's own reports", bounds=(1, COUNT))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.find_min and self.find_max:
+            raise UsageError("--find_min and --find_max are two searches: give one of them")
         if self.optimizer == "overlapped_cpu_adam" and self.dtype == "fp16":
             raise UsageError("--optimizer overlapped_cpu_adam has no fp16: use --dtype bf16")
         if self.optimizer_states == "bf16" and self.dtype != "bf16":
@@ -112,6 +117,10 @@ class OffloadConfig(RunConfig):
         if self.dtype == "fp16" or self.memory_limit_gib is not None:
             return "on a CPU there is no --dtype fp16 and no --memory_limit_gib"
         return None
+
+    @property
+    def searched(self) -> str | None:
+        return "world_size" if self.find_min else super().searched
 
     @property
     def ds_overrides(self) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def unchecked(config: OffloadConfig) -> list[str]:
     places = {"weights on the GPU": config.weights_on_cpu, "optimizer on the GPU": config.optimizer_on_cpu}
     found = [] if config.zero_stage == 3 else [f"ZeRO-{config.zero_stage}"]
     found += [name for name, on_cpu in places.items() if not on_cpu]
-    found += [f"{config.world_size} GPUs"] if config.world_size > MEASURED_RANKS else []
+    ranks = f"more than {MEASURED_RANKS}" if config.find_min else config.world_size
+    found += [f"{ranks} GPUs"] if config.find_min or config.world_size > MEASURED_RANKS else []
     found += ["micro-batches"] if config.gradient_accumulation_steps > 1 else []
     return found if config.model_name in MEASURED_MODELS else [*found, config.model_name]
 
