@@ -153,10 +153,11 @@ class OffloadConfig(RunConfig):
         processes = f" x {self.world_size} processes" if self.world_size > 1 else ""
         size = f"batch {self.batch_size} x {self.seq_length} tokens{self._times()}{processes}"
         states = f"{self.dtype} with {self.optimizer_states} optimizer states"
-        return f"{size}, {states}, {self._zero}, preset {self.preset}"
+        return f"{size}, {states}, {self.zero}, preset {self.preset}"
 
     @property
-    def _zero(self) -> str:
+    def zero(self) -> str:
+        """The stage of ZeRO and where the host keeps what, for a person."""
         if self.zero_stage == 3 and self.weights_on_cpu and self.optimizer_on_cpu:
             return "ZeRO-3 offload"
         places = ["GPU", "CPU"]

@@ -215,6 +215,8 @@ def test_stages_and_places_are_told():
     config = OffloadConfig(ds_override='{"zero_optimization":{"stage":1,"offload_optimizer":null}}', world_size=64)
     assert "ZeRO-1 with weights on the GPU and optimizer on the GPU" in config.description
     assert unchecked(config) == ["ZeRO-1", "weights on the GPU", "optimizer on the GPU", "64 GPUs"]
+    other = OffloadConfig(ds_override='{"zero_optimization":{"stage3_max_live_parameters":1e9}}', find_min="num_gpus")
+    assert unchecked(other) == ["more than 2 GPUs", "--ds_override's other values"]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 
+from src import overrides
 from src.machine import Gpu
 from src.offload.host_memory import PROCESS_BYTES
 from src.offload.many_ranks import only_own_pieces
@@ -67,6 +68,7 @@ def unchecked(config: OffloadConfig) -> list[str]:
     found += [name for name, on_cpu in places.items() if not on_cpu]
     ranks = f"more than {MEASURED_RANKS}" if config.find_min else config.world_size
     found += [f"{ranks} GPUs"] if config.find_min or config.world_size > MEASURED_RANKS else []
+    found += ["--ds_override's other values"] if overrides.says_more(config.ds_overrides) else []
     found += ["micro-batches"] if config.gradient_accumulation_steps > 1 else []
     return found if config.model_name in MEASURED_MODELS else [*found, config.model_name]
 

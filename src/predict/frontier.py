@@ -176,9 +176,11 @@ def _easiest(config: RunConfig) -> int:
 def _summary(config: RunConfig, prediction: Prediction, card: Gpu, limit: int) -> str:
     largest = max(prediction.breakdown, key=prediction.breakdown.__getitem__)
     size = f"{_name(config)} {getattr(prediction.config, config.searched)}"
+    host = prediction.host_peak_bytes
+    host_words = "" if host is None else f"; host memory of the whole job {format_bytes(host)}"
     which = "smallest power of two" if config.searched == "world_size" else "largest"
     return (
         f"Predicted ({card.name}): {size} is the {which} that fits {format_bytes(limit)} of allocator memory\n"
         f"peak {format_bytes(prediction.peak_bytes)} in the {prediction.phases.phase} phase; "
-        f"largest part: {largest.replace('_', ' ')}, {format_bytes(prediction.breakdown[largest])}"
+        f"largest part: {largest.replace('_', ' ')}, {format_bytes(prediction.breakdown[largest])}{host_words}"
     )
