@@ -62,7 +62,7 @@ class Sizes:
 
 
 def _technique_field(technique: Technique) -> tuple[str, type, Any]:
-    flags = tuple(filter(None, (technique.flag, technique.offload_flag)))
+    flags = tuple(filter(None, (technique.flag, technique.offload_flag, *technique.aliases)))
     own = option(
         technique.default,
         technique.help,

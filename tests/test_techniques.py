@@ -175,6 +175,7 @@ REFUSED = {
     "--optimizer_in_backward cannot see": {"optimizer_in_backward": True, "dtype": "fp16"},
     "Liger's RMSNorm cannot be compiled": {"compile": "layers", "rms_norm": True},
     "--compile is not predicted": {"compile": "layers", "dry_run": True},
+    "Liger has no flce kernel for granite models: --enable_flce 0": {"model_name": "tiny-granite", "flce": True},
 }
 
 
