@@ -34,7 +34,7 @@ from src.model_utils import (
 )
 from src.offload_config import OffloadConfig
 from src.techniques import KERNEL_NAMES, kernels_only
-from src.techniques.optimizers import OPTIMIZERS
+from src.techniques.optimizers import CHOICES
 from src.utils import UsageError
 from tests.helpers import (
     ALL_KERNELS,
@@ -242,15 +242,16 @@ def test_weights_gradients_and_optimizer_state_have_the_dtype_asked_for(dtype):
     assert {tensor.dtype for tensor in model + gradients + moments} == {TORCH_DTYPES[dtype]}
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [name for name, own in CHOICES.items() if own.library == "torch.optim"])
 def test_optimizer_lowers_the_loss(optimizer):
     config = tiny_config(optimizer=optimizer, learning_rate=0.05 if optimizer == "sgd" else 1e-3)
     experiment = script.build_experiment(config, HostRuntime())
     first, *_, last = (experiment.step().item() for _ in range(4))
     assert last < first
-    assert type(experiment.optimizer).__name__ == OPTIMIZERS[optimizer][0]
+    chosen = CHOICES[optimizer]
+    assert type(experiment.optimizer).__name__ == chosen.name
     assert experiment.optimizer.defaults["lr"] == config.learning_rate
-    assert {name: experiment.optimizer.defaults[name] for name in OPTIMIZERS[optimizer][1]} == OPTIMIZERS[optimizer][1]
+    assert {name: experiment.optimizer.defaults[name] for name in chosen.settings} == chosen.settings
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

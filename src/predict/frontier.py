@@ -123,7 +123,7 @@ def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], ex
 def main(config: RunConfig, script: Script) -> int:
     """Search, print and record the frontier; returns the exit status."""
     # Engines of several sizes cannot follow each other in one process, so offloaded runs are searched for on fakes.
-    on_gpu = torch.cuda.is_available() and not config.dry_run and script.simulate is None
+    on_gpu = torch.cuda.is_available() and not config.dry_run and script.main_for_many is None
     card = this_gpu() if on_gpu else H100
     limit = limit_bytes(config) or card.memory_bytes - card.context_bytes
     recorder = Recorder(config, "predicted", torch.device("cpu"))
