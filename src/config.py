@@ -62,7 +62,7 @@ class Sizes:
 
 
 def _technique_field(technique: Technique) -> tuple[str, type, Any]:
-    flags = tuple(filter(None, (technique.flag, technique.offload_flag)))
+    flags = tuple(filter(None, (technique.flag, technique.offload_flag, *technique.aliases)))
     own = option(
         technique.default,
         technique.help,
@@ -145,7 +145,12 @@ class RunConfig(Techniques):
     @property
     def plans(self) -> bool:
         """Whether nothing is to run: a dry run or a search."""
-        return self.dry_run or self.find_max is not None
+        return self.dry_run or self.searched is not None
+
+    @property
+    def searched(self) -> str | None:
+        """The field whose value is searched for; whatever it has is not used."""
+        return self.find_max
 
     @property
     def kernels(self) -> tuple[str, ...]:

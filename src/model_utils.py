@@ -23,6 +23,7 @@ from src import architecture, techniques
 from src.config import RunConfig
 from src.families import FAMILIES, Family, check_name, shipped
 from src.techniques import KERNEL_NAMES, TECHNIQUES
+from src.techniques.kernels import lacking
 from src.utils import UsageError, first_line
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -109,10 +110,8 @@ def apply_kernels(config: RunConfig, family: Family) -> None:
     """
     if not config.kernels:
         return
-    if missing := [name for name in config.kernels if name not in family.liger_switches]:
-        raise UsageError(
-            f"Liger has no {missing[0]} kernel for {family.model_type} models: --{TECHNIQUES[missing[0]].flag} 0"
-        )
+    if reason := lacking(config.kernels, family):
+        raise UsageError(reason)
     try:
         patch = getattr(importlib.import_module("liger_kernel.transformers"), family.liger_patch)
     except ImportError as error:

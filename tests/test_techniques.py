@@ -190,6 +190,7 @@ REFUSED = {
     "--cuda_graph goes with --optimizer": {"cuda_graph": True, "optimizer": "adafactor"},
     "--cuda_graph needs --warmup 3": {"cuda_graph": True, "warmup": 2},
     "--compile is not predicted": {"compile": "layers", "dry_run": True},
+    "Liger has no flce kernel for granite models: --enable_flce 0": {"model_name": "tiny-granite", "flce": True},
 }
 
 

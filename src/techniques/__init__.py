@@ -6,10 +6,11 @@ Flags, run names, records, axes of grids, figure legends, kernel checks and dry 
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from src.families import shipped
 from src.techniques.attention import ATTENTION
 from src.techniques.checkpointing import CHECKPOINTING
 from src.techniques.compilation import COMPILATION
-from src.techniques.kernels import KERNELS
+from src.techniques.kernels import KERNELS, lacking
 from src.techniques.lora import LORA
 from src.techniques.losses import LOSSES
 from src.techniques.optimizers import OPTIMIZERS
@@ -66,6 +67,9 @@ def turned_on(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Raises `UsageError` if what a run turns on cannot be, or would do nothing."""
+    known = shipped(config.model_name)
+    if known is not None and (reason := lacking(config.kernels, known[0])):
+        raise UsageError(reason)
     for technique in TECHNIQUES.values():
         if config.script not in technique.scripts:
             continue

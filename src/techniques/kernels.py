@@ -2,13 +2,23 @@
 
 import inspect
 import sys
+from collections.abc import Collection
 from typing import Any
 
+from src.families import Family
 from src.techniques.technique import Config, Model, Technique
 
 
 def _rotary(model: Model) -> object:
     return sys.modules[type(model).__module__].apply_rotary_pos_emb
+
+
+def lacking(names: Collection[str], family: Family) -> str | None:
+    """Which of these kernels Liger does not have for a family, in one line."""
+    missing = [kernel for kernel in KERNELS if kernel.name in names and kernel.name not in family.liger_switches]
+    if not missing:
+        return None
+    return f"Liger has no {missing[0].name} kernel for {family.model_type} models: --{missing[0].flag} 0"
 
 
 def _tokens_with_labels(config: Config) -> dict[str, int]:
@@ -55,9 +65,10 @@ KERNELS = (
     Technique(
         name="swiglu",
         default=True,
-        help="Liger SwiGLU MLP",
+        help="Liger SwiGLU MLP; Gemma's is GeGLU",
         flag="enable_swiglu",
         offload_flag="enable_liger_swiglu",
+        aliases=("enable_geglu",),
         compared=True,
         changes_numerics=True,
         liger_switch="swiglu",

@@ -21,6 +21,7 @@ class Technique:
     tag: str | None = None  # begins its part of the run name; None: it is in the original's own name already
     flag: str | None = None  # the original's spelling, where it is another
     offload_flag: str | None = None  # the same, of the offloaded script
+    aliases: tuple[str, ...] = ()  # other spellings, such as a family's own name for it
     choices: tuple[str, ...] = ()
     bounds: tuple[float, float] | None = None  # smallest and largest value
     needs: tuple[str, ...] = ()  # others that must be on, or a value other than the default would do nothing
