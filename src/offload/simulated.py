@@ -119,10 +119,7 @@ def _job(rank: SimulatedRank, world_size: int) -> Iterator[None]:
         import deepspeed
         from deepspeed.comm import comm
         from deepspeed.utils import groups
-        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        # A model that is built afterwards must not be partitioned, though the engine may not be collected yet.
-        stack.callback(unset_hf_deepspeed_config)
         stack.enter_context(_process_group(world_size))
         stack.enter_context(mock.patch.dict(vars(groups), {"_WORLD_GROUP": None, "mesh_device": None}))
         stack.enter_context(mock.patch.object(comm, "cdb", None))
