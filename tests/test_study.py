@@ -77,6 +77,8 @@ def test_label_says_what_tells_a_cell_apart():
 
 def test_grid_that_cannot_be_is_a_usage_error():
     wrong = {"everything": "'everything' is no grid", "seq_length=64 batch": "'batch' is no grid"}
+    wrong |= {"batch seq_length=64": "the grid batch has values of seq_length of its own"}
+    wrong |= {"peers strategy=none": "the grid peers has values of strategy of its own"}
     wrong |= {"batch_size=1,,2": "is no grid", "seed=1 seed=2": "seed is given twice", "strategy=x": "unknown kernel"}
     for words, text in wrong.items():
         with pytest.raises(UsageError, match=text):

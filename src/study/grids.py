@@ -91,8 +91,10 @@ class Task:
 def grid_axes(words: Sequence[str]) -> list[Axes]:
     """The axes of each part of the grid that `words` name: a grid, and axes over all of it. Raises `UsageError`."""
     if words[0] in GRIDS:
-        axes = grid_axes(words[1:])[0] if words[1:] else {}
-        return [axes | part for part in GRIDS[words[0]]]
+        parts, axes = GRIDS[words[0]], grid_axes(words[1:])[0] if words[1:] else {}
+        if own := [name for name in axes if any(name in part for part in parts)]:
+            raise UsageError(f"the grid {words[0]} has values of {own[0]} of its own")
+        return [axes | part for part in parts]
     axes: Axes = {}
     for word in words:
         name, separator, values = word.partition("=")
