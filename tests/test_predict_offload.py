@@ -7,6 +7,7 @@ import statistics
 from collections import Counter
 
 import pytest
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import deepspeed_liger_kernel as script
 from doc import evidence
@@ -15,6 +16,7 @@ from src.measure.devices import HostRuntime
 from src.offload import simulated
 from src.offload.simulated import SimulatedRank, unchecked
 from src.offload_config import PRESETS, OffloadConfig
+from src.predict.allocator import SimulatedOutOfMemory
 from src.predict.dry_run import FakeRuntime, predict
 from src.predict.fake_machine import FakeMachine
 from src.record import load
@@ -303,6 +305,15 @@ def test_fewest_gpus_fit_and_half_of_them_do_not(limit, fits, tmp_path, capsys):
     assert f"num_gpus {count} is the smallest power of two" in told.out
     assert told.err.startswith("num_gpus 1: does not fit\n")
     assert f"num_gpus {count // 2}: does not fit\nnum_gpus {count}: fits" in told.err
+
+
+def test_build_that_fails_leaves_no_later_model_partitioned():
+    zero = json.dumps({"zero_optimization": {"offload_optimizer": None, "offload_param": None}})
+    sizes = {"model_name": "tiny-llama", "seq_length": 64, "dtype": "bf16", "ds_override": zero}
+    with pytest.raises(SimulatedOutOfMemory) as failed:  # it holds the frames of what was built
+        predict(OffloadConfig(**sizes), script.build_experiment, simulate=SimulatedRank, limit_bytes=MIB)
+    assert any(frame.name == "build_engine" for frame in failed.traceback)
+    assert not is_deepspeed_zero3_enabled()
 
 
 def test_two_searches_are_refused():

@@ -115,8 +115,8 @@ class FakeGpu(LiveMemory):
         with contextlib.ExitStack() as stack:
             for patch in self._patches():
                 stack.enter_context(patch)
-            # An operation without a shape rule must fail rather than allocate real gigabytes.
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # what a library compiles runs as it is
+            # An operation without a shape rule must fail rather than allocate real gigabytes.
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False))
             stack.enter_context(self)
             yield

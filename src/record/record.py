@@ -182,7 +182,7 @@ class Record(_Typed):
     @property
     def processes(self) -> int:
         """Processes that took part in the run, one a GPU."""
-        return self.answered.to_dict().get("world_size", 1)
+        return getattr(self.answered, "world_size", 1)
 
     @property
     def exit_status(self) -> int:

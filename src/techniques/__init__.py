@@ -57,7 +57,7 @@ def title(config: Config) -> str:
 
 def without(config: Config) -> dict[str, Any]:
     """The settings that turn off, in a run, what is compared and what needs it: Hugging Face's own code."""
-    return {t.name: False if t.is_kernel else t.default for t in TECHNIQUES.values() if t.compared or t.needs}
+    return {t.name: t.hugging_faces for t in TECHNIQUES.values() if t.compared or t.needs}
 
 
 def turned_on(config: Config) -> dict[str, Any]:

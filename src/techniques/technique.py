@@ -48,6 +48,11 @@ class Technique:
         return value if isinstance(value, bool) else value != self.default
 
     @property
+    def hugging_faces(self) -> bool | int | float | str:
+        """The value of a run with Hugging Face's own code."""
+        return False if self.is_kernel else self.default
+
+    @property
     def is_kernel(self) -> bool:
         """Whether it is one of Liger's kernels."""
         return self.liger_switch is not None
