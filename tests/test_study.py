@@ -22,7 +22,7 @@ import deepspeed_liger_kernel
 from src import machine
 from src.config import RunConfig
 from src.experiment import Script
-from src.record import Failure, load_all, save
+from src.record import Failure, GradientError, Parity, load_all, save
 from src.record import record as record_module
 from src.record.recorder import new_record
 from src.study import __main__ as study
@@ -175,6 +175,21 @@ def test_every_run_leaves_its_record_and_what_has_one_is_not_run_again(script):
     assert script.contents() == before
     assert script("batch_size=1,4", "seq_length=64,256", "strategy=all")[0] == 0  # a grid that overlaps
     assert len(script.ran()) == 2
+
+
+def test_parity_is_measured_once_of_runs_that_compute_alike(script):
+    same = GradientError(loss=0.0, gradient=0.1, worst=0.1, worst_parameter="norm")
+    told = {"tokens": 64, "dtype": "bf16", "loss_scale": None, "reference_loss": 1.0, "ratio": 1.0, "agrees": True}
+    parity = Parity(**told, run=same, hugging_face=same)
+    script.behave = lambda config: finish(config, parity=parity if config.parity else None)
+    assert script("batch_size=1,2", "seq_length=64", "strategy=all", "optimizer=sgd,adamw_fused", "--parity")[0] == 0
+    assert script("batch_size=1", "seq_length=64", "strategy=all", "checkpoint_every=1,2,4", "--parity")[0] == 0
+    assert script("batch_size=1", "seq_length=64", "strategy=none", "--parity")[0] == 0
+    compared = [record.run for record in load_all([script.results]) if record.parity is not None]
+    assert sorted((run.title, run.batch_size) for run in compared) == [
+        *(("All Liger Kernel", size) for size in (1, 2)),
+        ("No Liger Kernel", 1),
+    ]
 
 
 # What becomes of a run: what it does, type of the error recorded, what the message says

@@ -36,6 +36,7 @@ _LEAST: dict[str, object] = {"optimizer_in_backward": 1, "checkpoint_offload": "
 _PEERS = [
     *(_peer(strategy, **kept) for kept in ({}, _KEPT) for strategy in STRATEGIES),
     *(_peer("all", flce_chunks=chunks) for chunks in (4, 16)),
+    _peer("all", flce_chunks=16, flce_accumulation="fp32"),
     *(_peer("no_flce", loss=loss) for loss in ("liger", "cce", "cce_filtered", "torch", "chunked")),
     _peer("no_flce", loss="chunked", loss_chunks=16),
     _peer("all", checkpoint_every=2),
@@ -45,7 +46,8 @@ _PEERS = [
     _peer("all", mlp_tiles=4, **_KEPT),
     *(_peer("none", compile=part, **_KEPT) for part in ("layers", "model")),
     *(_peer("flce", **_COMPILED, **kept) for kept in ({}, _KEPT)),
-    _peer("flce", **_COMPILED, fp8=1, **_KEPT),
+    _peer("flce", flce_chunks=16, compile="model", **_KEPT),
+    *(_peer("flce", flce_chunks=16, compile=part, fp8=1, **_KEPT) for part in ("layers", "model")),
     _peer("no_flce", loss="chunked", loss_chunks=16, cuda_graph=1, **_KEPT),
     _peer("rope+swiglu", loss="chunked", loss_chunks=16, compile="layers", cuda_graph=1, **_KEPT),
     *(

@@ -14,7 +14,7 @@ from src.machine import H100
 from src.record import Failure, Record, load, save
 from src.record.recorder import check_folders, new_record
 from src.record.report import report
-from src.study.answers import is_measured, without_its_limit
+from src.study.answers import is_measured, numerics, without_its_limit
 from src.study.grids import SCRIPTS, Task
 from src.study.workers import Job, facts_of, what_happened
 from src.utils import GIB, ExitStatus, UsageError, error_line, printable
@@ -50,7 +50,7 @@ class Sweep:
                 every_cell = self._every_cell or task.config.dry_run
                 reason = None if every_cell else _too_large(task.config, done)
                 started = time.monotonic()
-                record = self._infer(task, reason) if reason else self._measure(task)
+                record = self._infer(task, reason) if reason else self._measure(_without_known_parity(task, done))
                 done[task.config.run_name] = record
                 failed += record.status == "error"
                 progress.write(f"{time.monotonic() - started:6.1f} s  {printable(f'{task.label}: {outcome(record)}')}")
@@ -142,6 +142,19 @@ class Sweep:
         if self._environment is None:
             self._environment = facts_of(self._tasks[0].config)
         return self._environment
+
+
+def _without_known_parity(task: Task, done: dict[str, Record]) -> Task:
+    """The task without its `--parity` if it has been measured of the same numerics and sizes: figures find it there."""
+    own = _compared(task.config)
+    known = any(record.parity is not None and _compared(record.run) == own for record in done.values())
+    if not (task.config.parity and known):
+        return task
+    return dataclasses.replace(task, config=dataclasses.replace(task.config, parity=False))
+
+
+def _compared(config: RunConfig) -> tuple:
+    return numerics(config), config.batch_size, config.seq_length
 
 
 def _too_large(config: RunConfig, done: dict[str, Record]) -> str | None:
