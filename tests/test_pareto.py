@@ -199,6 +199,21 @@ def test_column_of_the_table_says_the_same():
     assert {row[column] for row in table[1:]} == {"", "yes"}
 
 
+def test_other_optimizers_have_a_line_of_their_own():
+    """They learn otherwise: SGD's little memory and time are no choice to one who trains with AdamW."""
+    found = [*FOUND, run(ALL, 5, 0.15, optimizer="sgd"), run(ALL, 11, 0.19, optimizer="adamw_foreach")]
+    group, own = only(found)
+    assert labels(own, own.frontier) == BEST
+    assert labels(own, own.any_optimizer) == ["All Liger, optimizer sgd", BEST[-1]]
+    chart = pareto(group, own).axes[0]
+    marks = [line.get_xdata()[0] for line in chart.lines if line.get_marker() == "D" and len(line.get_xdata())]
+    lines = {line.get_gid(): list(zip(*line.get_data())) for line in chart.lines}
+    assert marks == [5]
+    assert lines["any optimizer"] == [(p.gib, p.speed) for p in own.any_optimizer]
+    rows = {row[5]: row[11] for row in tables.runs_table(found)}
+    assert (rows["5.00"], rows["10.00"], rows["17.00"], rows["11.00"]) == ("any optimizer", "yes", "yes", "")
+
+
 def test_under_a_limit_that_was_never_met_a_run_counts_twice():
     limited = [run(ALL, 2, 0.1, memory_limit_gib=24.0, allocation_retries=0)]
     limited += [run(name, 3, 0.3, memory_limit_gib=24.0) for name in (NONE, NO_FLCE)]

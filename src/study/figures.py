@@ -38,6 +38,7 @@ _MARKERS = {name: (marker, style["color"]) for (name, style), marker in zip(STYL
 _MARKERS[_OTHER] = ("^", "white")
 _LONGEST_LABEL = 75  # characters beside a bar
 _MOST_BARS = 40  # of a figure of peaks
+_MOST_STRATEGIES = 9  # beside each other; more are told apart in memory against speed alone
 _SMALLEST_PART = 0.005  # of the largest peak, to be named in a legend
 _WHOLE = "not taken apart"
 Draw = Callable[[], Figure]
@@ -123,7 +124,7 @@ def _comparisons_of(cells: Cells, note: str) -> Iterator[tuple[str, Draw]]:
 def _comparisons(name: str, cells: Cells, axis: Axis, note: str) -> Iterator[tuple[str, Draw]]:
     named = {"2_strategies": TWO, "3_strategies": THREE}
     others = sorted({cell.strategy for cell in cells} - set(THREE))
-    if others:
+    if 0 < len(others) <= _MOST_STRATEGIES - len(THREE):
         named["all_strategies"] = tuple(s for s in (*THREE, *others) if any(cell.strategy == s for cell in cells))
     for suffix, strategies in named.items():
         if _comparable(cells, strategies, axis):

@@ -1,7 +1,8 @@
 """Which settings to choose from at one size: those that no other beats in memory and speed. Needs no torch.
 
 A setting is everything that can be turned on, gradient checkpointing and the dtype among it. Compared are runs that
-train the same model on as many tokens a step, on the same machine.
+train the same model on as many tokens a step, on the same machine. Adafactor and SGD take other steps than AdamW: what
+they gain is no free choice, so they have a frontier of their own, which all settings are on or below.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from src.record import WRONG, Record
 from src.study import answers
 from src.study.answers import machine, plain_name, short_model
 from src.techniques import TECHNIQUES, kernels_title
+from src.techniques.optimizers import CHOICES
 from src.utils import GIB, file_name
 
 FEWEST = 3  # points of a figure
@@ -68,6 +70,12 @@ class Point:
         """Whether it computes otherwise than Hugging Face's code does, and nobody measured how exactly."""
         return not self.is_wrong and self.record.parity is None and changes_numerics(self.record.run)
 
+    @property
+    def has_other_steps(self) -> bool:
+        """Whether its optimizer is another than AdamW, and learns otherwise."""
+        chosen = CHOICES.get(self.record.run.optimizer)
+        return chosen is not None and chosen.algorithm != "AdamW"
+
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
@@ -83,7 +91,12 @@ class Choices:
 
     @functools.cached_property
     def frontier(self) -> list[Point]:
-        """The points that no other beats, by their memory."""
+        """The points with AdamW that no other such point beats, by their memory."""
+        return frontier(point for point in self.points if not point.has_other_steps)
+
+    @functools.cached_property
+    def any_optimizer(self) -> list[Point]:
+        """The points that none beats, whatever their optimizer."""
         return frontier(self.points)
 
     @functools.cached_property
@@ -179,6 +192,10 @@ def told(record: Record) -> tuple:
     return answers.place(record), record.environment.date, record.latency_s, record.peak_memory_bytes
 
 
-def on_frontier(found: Iterable[Record]) -> set[tuple]:
-    """What `told` says of the runs on the frontier of their size."""
-    return {told(point.record) for own in choices(found).values() for point in own.frontier}
+def on_frontier(found: Iterable[Record]) -> dict[tuple, str]:
+    """What `told` says of the runs on a frontier of their size -> on which: yes, or that of any optimizer."""
+    places: dict[tuple, str] = {}
+    for own in choices(found).values():
+        places |= {told(point.record): "any optimizer" for point in own.any_optimizer}
+        places |= {told(point.record): "yes" for point in own.frontier}
+    return places

@@ -19,17 +19,20 @@ from src.study.pareto import Choices, Group, Point, title
 _RIGHT = {"marker": "o", "color": "#1f3a5f", "markeredgecolor": "black"}
 _UNCHECKED = {"marker": "s", "color": "#c8c8c8", "markeredgecolor": "#505050"}
 _WRONG = {"marker": "o", "color": "white", "markeredgecolor": "black"}
+_OTHER = {"marker": "D", "color": "#8ab4c9", "markeredgecolor": "black"}
 _MARKS = [
     (_RIGHT, "gradients as exact as Hugging Face's"),
+    (_OTHER, "the same, with another optimizer than AdamW"),
     (_UNCHECKED, "parity not measured"),
     (_WRONG, f"{WRONG} trains wrongly: not on the frontier"),
 ]
 _LINE = {"color": "#b35900", "linewidth": 1.4}
+_ANY_LINE = {"color": "#b35900", "linewidth": 0.9, "linestyle": "--"}
 _SIZE = 6  # of a marker, in points
 _TEXT = 9
 _ROW = 0.2  # inches
 _HEADER = "No Liger: Hugging Face's code;\ngradient checkpointing unless said"
-_LONGEST = 70  # characters of a setting
+_LONGEST = 100  # characters of a setting
 _AXIS, _CHART = 0.9, 5.8  # inches
 _MOST = 80  # settings that are named, if they are not those of the frontier
 
@@ -37,7 +40,7 @@ _MOST = 80  # settings that are named, if they are not those of the frontier
 def pareto(group: Group, own: Choices) -> Figure:
     """One point a setting, the frontier as a line, and beside it a list of all, by memory."""
     is_short = len(own.records) <= _MOST
-    named = own if is_short else Choices(own.frontier[:_MOST], [])
+    named = own if is_short else Choices(own.any_optimizer[:_MOST], [])
     labels = [textwrap.shorten(own.label(record), _LONGEST, placeholder=" …") for record in named.records]
     width = 2.2 + max(map(_inches, [*labels, *_HEADER.split("\n")]))
     height = max(4.6, 1.5 + _ROW * (len(labels) + 2))
@@ -59,6 +62,7 @@ def _inches(text: str) -> float:
 
 def _notes(group: Group, own: Choices) -> list[str]:
     notes = ["line: most tokens/s with so much memory"]
+    notes[0] += ", dashed with any optimizer" if own.any_optimizer != own.frontier else ""
     if any(len(p.speeds) > 1 for p in own.points):
         notes.append("upright bars: slowest to fastest run of a setting")
     if group.sequences * group.seq_length < answers.MANY_TOKENS:
@@ -68,13 +72,15 @@ def _notes(group: Group, own: Choices) -> list[str]:
 
 
 def _style(point: Point) -> dict[str, str]:
-    return _WRONG if point.is_wrong else _UNCHECKED if point.is_unchecked else _RIGHT
+    if point.is_wrong:
+        return _WRONG
+    return _UNCHECKED if point.is_unchecked else _OTHER if point.has_other_steps else _RIGHT
 
 
 def _points(axes: Axes, own: Choices) -> None:
-    best = own.frontier
-    line = axes.plot([p.gib for p in best], [p.speed for p in best], drawstyle="steps-post", zorder=1, **_LINE)
-    line[0].set_gid("frontier")
+    for name, best, style in (("any optimizer", own.any_optimizer, _ANY_LINE), ("frontier", own.frontier, _LINE)):
+        line = axes.plot([p.gib for p in best], [p.speed for p in best], drawstyle="steps-post", zorder=1, **style)
+        line[0].set_gid(name)
     for point in own.points:
         if len(point.speeds) > 1:
             axes.vlines(point.gib, point.speeds[0], point.speeds[-1], color="#707070", linewidth=0.8, zorder=2)
@@ -88,14 +94,14 @@ def _points(axes: Axes, own: Choices) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     styles = list(map(_style, own.points))
     marks = [axes.plot([], [], linestyle="", markersize=_SIZE, label=text, **s)[0] for s, text in _MARKS if s in styles]
-    axes.figure.legend(handles=marks, loc="outside lower left", ncols=3, fontsize=_TEXT, frameon=False)
+    axes.figure.legend(handles=marks, loc="outside lower left", ncols=4, fontsize=_TEXT, frameon=False)
 
 
 def _list(axes: Axes, own: Choices, labels: Sequence[str], width: float, height: float) -> None:
     """Number, mark, words, GiB and tokens/s of each point, in bold on the frontier; then what has no point, and why."""
     axes.set_axis_off()
     axes.set(xlim=(0, width), ylim=((height - 1.2) / _ROW - 1, -1.5))
-    best = own.frontier
+    best = [*own.frontier, *own.any_optimizer]
     _row(axes, -0.5, ("", _HEADER, "GiB", "tokens/s"), width)
     for row, (point, label) in enumerate(zip(own.points, labels), start=1):
         cells = str(row), label, f"{point.gib:,.2f}", f"{point.speed:,.0f}"
@@ -180,10 +186,10 @@ def _between(a: Place, b: Place) -> Box:
 
 
 def _lines(axes: Axes, own: Choices) -> list[Box]:
-    """The steps of the frontier, the spreads between runs, and what is left of the chart and below it."""
-    best = own.frontier
-    ends = [((a.gib, a.speed), (b.gib, a.speed)) for a, b in itertools.pairwise(best)]
-    ends += [((b.gib, a.speed), (b.gib, b.speed)) for a, b in itertools.pairwise(best)]
+    """The steps of the frontiers, the spreads between runs, and what is left of the chart and below it."""
+    steps = [*itertools.pairwise(own.frontier), *itertools.pairwise(own.any_optimizer)]
+    ends = [((a.gib, a.speed), (b.gib, a.speed)) for a, b in steps]
+    ends += [((b.gib, a.speed), (b.gib, b.speed)) for a, b in steps]
     ends += [((p.gib, p.speeds[0]), (p.gib, p.speeds[-1])) for p in own.points if len(p.speeds) > 1]
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     ends += [((left, bottom), (left, top)), ((left, bottom), (right, bottom))]

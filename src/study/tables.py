@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from src.record import Record
 from src.study import answers, pareto
@@ -37,8 +37,9 @@ def runs_table(found: Sequence[Record]) -> Table:
     """A row for each record, whatever became of it: settings, peak, latency, throughput, parity, frontier, repeats.
 
     Parity is the gradients' error against fp32, over that of Hugging Face's code in the same dtype. The frontier has
-    what no other setting beats in memory and speed, where three or more were run at one size, see pareto.py. IQR is the
-    spread of steps within a run; repeats say how far the runs of the same experiment on the same machine lie apart.
+    what no other setting beats in memory and speed, where three or more were run at one size: with AdamW, or with any
+    optimizer, see pareto.py. IQR is the spread of steps within a run; repeats say how far the runs of the same
+    experiment on the same machine lie apart.
     """
     times, best = answers.step_times(found), pareto.on_frontier(found)
     header = ["kernels", "batch", "seq", "settings", "status", "peak GiB", "ms a step", "IQR ms", "tokens/s", "MFU"]
@@ -51,7 +52,7 @@ def _order(record: Record) -> tuple:
     return setting_words(record), config.seq_length, config.batch_size, len(config.kernels), config.title, record.mode
 
 
-def _row(record: Record, times: answers.StepTimes, best: Collection[tuple]) -> list[str]:
+def _row(record: Record, times: answers.StepTimes, best: Mapping[tuple, str]) -> list[str]:
     config = record.answered
     status = record.mode if record.status == "ok" else absence(record)
     status += " (predicted)" if config.dry_run and record.status != "ok" else ""
@@ -64,7 +65,7 @@ def _row(record: Record, times: answers.StepTimes, best: Collection[tuple]) -> l
         number_or_empty(record.throughput_tokens_per_s, 1, "{:,.0f}"),
         number_or_empty(record.mfu, 1e-2, "{:.1f}%"),
         number_or_empty(None if record.parity is None else record.parity.ratio, 1, "{:.2f}"),
-        "yes" if pareto.told(record) in best else "",
+        best.get(pareto.told(record), ""),
         answers.repeats(record, times),
     ]
 

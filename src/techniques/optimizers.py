@@ -16,6 +16,11 @@ class Optimizer:
     settings: dict[str, Any] = field(default_factory=dict)
     unpredicted: str = ""  # why a dry run cannot say what it needs
 
+    @property
+    def algorithm(self) -> str:
+        """How it updates weights, whatever its states are kept in."""
+        return self.name if self.name in ("Adafactor", "SGD") else "AdamW"
+
 
 _COMPILED = "its update is compiled"
 CHOICES: dict[str, Optimizer] = {
