@@ -48,10 +48,10 @@ from src.utils import ExitStatus, UsageError, error_line, write_atomically
 DOC = ROOT / "doc"
 
 # Each text and the folder of the records that it is made from.
-TEXTS = ["measured", "offload", "scaling", "peak", "parity", "original", "best", "report"]
+TEXTS = ["measured", "peers", "offload", "scaling", "peak", "parity", "original", "best", "report"]
 DOCUMENTS = dict.fromkeys(TEXTS, "doc/data")
 DOCUMENTS |= {"predicted_offload": "doc/data"}
-DOCUMENTS |= {"levers": "doc/data/h200_offload", "predicted_vs_measured": f"doc/data/{evidence.PREDICTED_RUNS}"}
+DOCUMENTS |= {"levers": "doc/data/h200_offload", "predicted_vs_measured": "doc/data/h100_single_gpu"}
 # What pandoc makes, of which text, and with which options. The slides' Markdown is not kept.
 OFFICE = {
     "group_10_midterm.docx": ("report", "--shift-heading-level-by=-1", f"--lua-filter={evidence.SOURCE}/tables.lua"),

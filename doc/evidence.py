@@ -20,16 +20,18 @@ from src.families import SHAPES
 from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
 from src.offload_config import PRESETS, OffloadConfig
 from src.record import Record, load, load_and_tell
-from src.study import answers, grids
+from src.study import answers, grids, pareto
+from src.study.answers import short_model
 from src.study.figures import predicted_and_measured
-from src.techniques import KERNEL_NAMES, STRATEGIES, kernels_only
+from src.techniques import KERNEL_NAMES, STRATEGIES, TECHNIQUES, kernels_only
 from src.utils import GIB, UsageError, ceil_div, next_power_of_two
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "doc" / "data"
 SOURCE = ROOT / "doc" / "source"
 # The runs of which predictions are kept, and where these are.
-PREDICTED_RUNS, PREDICTIONS = "h100_single_gpu", {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
+PREDICTED_RUNS = ("h100_single_gpu", "h100_peers", "h100_people")
+PREDICTIONS = {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
 
 BATCHES = (1, 4, 8, 16, 32)  # of the runs that had a machine for themselves
 OFFLOADED = (("none", 4), ("all", 4), ("none", 32), ("all", 32), ("all", 96))  # kernels and batch
@@ -173,6 +175,15 @@ def peaks() -> dict[str, Record]:
     }
 
 
+@functools.cache
+def peers() -> dict[str, tuple[pareto.Group, pareto.Choices]]:
+    """Size, and the model if it is another than the study's -> everything that was turned on at that size."""
+    found = pareto.choices(folder("h100_peers").records)
+    ordered = sorted(found, key=lambda g: (g.config.model_name != RunConfig.model_name, g.sequences))
+    models = ["" if g.config.model_name == RunConfig.model_name else f"{short_model(g.config)}, " for g in ordered]
+    return {f"{model}{g.sequences} x {g.seq_length}": (g, found[g]) for model, g in zip(models, ordered)}
+
+
 def share(record: Record, *categories: str) -> float:
     """The share of the peak that these categories of memory have."""
     return sum(record.peak_breakdown[name] for name in categories) / record.breakdown_peak_bytes
@@ -271,8 +282,14 @@ def dry_run_of(run: Record) -> RunConfig:
 
 
 def single_gpu_runs() -> list[Record]:
-    """The measured runs of one GPU of which predictions are kept: those of one machine."""
-    return listed(DATA / PREDICTED_RUNS, "all_gpu")
+    """The measured runs of one GPU of which predictions are kept: those of one machine that can be predicted."""
+    return [run for name in PREDICTED_RUNS for run in predictable(listed(DATA / name, "all_gpu"))]
+
+
+def predictable(runs: Iterable[Record]) -> list[Record]:
+    """Those whose peak a dry run can say; one that failed has none."""
+    known = [run for run in runs if not any(t.unpredicted(run.run) for t in TECHNIQUES.values())]
+    return [run for run in known if run.status != "error"]
 
 
 def offloaded_runs() -> list[Record]:

@@ -17,6 +17,7 @@ from src.explain.categories import CATEGORIES, COLOURS
 from src.explain.plot import figure
 from src.study import answers, figures
 from src.study.bars import STYLES, THREE, Axis, comparison, peak_gib, step_ms, throughput
+from src.study.pareto_figure import pareto
 from src.utils import GIB
 
 MODEL = MODELS[0]
@@ -47,6 +48,8 @@ def all_figures() -> Iterator[tuple[str, Figure]]:
     yield "original.png", original()
     yield "ladder.png", ladder()
     yield "convergence.png", curves.figure(curves.lines_of(evidence.DATA / "parity/convergence_h100.jsonl"))
+    for size, (group, own) in evidence.peers().items():
+        yield f"peers_{answers.plain_name(size).replace('_x_', 'x')}.png", pareto(group, own)
     runs = [run for run in evidence.single_gpu_runs() if run.status == "ok"]
     yield "predictions.png", figures.predicted_figure(evidence.predictions(runs))
     for part in studies.studies():

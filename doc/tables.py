@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -12,14 +12,18 @@ from doc import evidence, studies
 from doc.evidence import Pair
 from doc.studies import GRID, LINES, NOT_MEASURED, Column
 from src.explain.categories import CATEGORIES
-from src.record import Record
-from src.study import answers
+from src.record import WRONG, Record
+from src.study import answers, pareto
 from src.study.answers import MANY_TOKENS, absence
-from src.techniques import TITLES
+from src.study.pareto import Choices
+from src.techniques import TECHNIQUES, TITLES
 from src.utils import GIB, MIB, markdown_table
 
 CELL = ["kernels", "model", "settings", "checkpointing", "batch x seq", "GPU"]
 REPEATS = "repeats, ms a step"
+# Fields of a run that its cell tells in words of its own, or that its figures show.
+SAID = ("model_name", "batch_size", "seq_length", "dtype", "optimizer", "memory_limit_gib", "gradient_checkpointing")
+SAID += ("gradient_accumulation_steps", "iterations", "warmup")
 OFFLOAD_CELL = ["preset, and what differs from it", "kernels", "batch x seq", "GPU"]
 
 
@@ -97,6 +101,7 @@ def _cell(record: Record) -> list[str]:
     settings += [] if config.memory_limit_gib is None else [f"limit {config.memory_limit_gib:g} GiB"]
     micro_batches = config.gradient_accumulation_steps
     settings += [] if micro_batches == 1 else [f"{micro_batches} micro-batches"]
+    settings += config.unusual(*SAID, *(t.name for t in TECHNIQUES.values() if t.compared))
     checkpointing = "yes" if config.gradient_checkpointing else "no"
     return [record.title, model, ", ".join(settings), checkpointing, size(record), answers.gpu_name(record)]
 
@@ -127,6 +132,22 @@ def measured(runs: Sequence[Record]) -> str:
         figures = [step(run, 1), speed(run), figure(run, "mfu", 1, "{:.1%}"), answers.repeats(run, times)]
         rows.append([*_cell(run), peak(run), *(figures if run.status == "ok" else [""] * 4)])
     return markdown_table([*CELL, "peak GiB", "ms a step (median ± IQR/2)", "tokens/s", "MFU", REPEATS], rows)
+
+
+def peers(sizes: Mapping[str, tuple[Any, Choices]]) -> str:
+    """Every setting at several sizes: parity, and peak and speed at each, in bold on the frontier of AdamW."""
+    settings: dict[str, dict[str, str]] = {}
+    for name, (_, own) in sizes.items():
+        best = [pareto.told(point.record) for point in own.frontier]
+        for record in own.records:
+            words = own.label(record).replace(f" {WRONG}", "")
+            row = settings.setdefault(words, {"setting": own.label(record)})
+            row["parity"] = row.get("parity") or ("" if record.parity is None else f"{record.parity.ratio:.2f}")
+            told = peak(record), speed(record) if record.status == "ok" else ""
+            strong = "**" if pareto.told(record) in best else ""
+            row |= {what: f"{strong}{text}{strong}" for what, text in zip((f"GiB, {name}", f"tokens/s, {name}"), told)}
+    header = ["setting", "parity", *(f"{what}, {name}" for name in sizes for what in ("GiB", "tokens/s"))]
+    return markdown_table(header, [[row.get(name, "") for name in header] for row in settings.values()])
 
 
 def _peaks(prediction: Record, run: Record) -> list[str]:

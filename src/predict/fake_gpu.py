@@ -8,6 +8,7 @@ as the GPU's, so are the numbers that some optimizers keep on the host, 512 byte
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,10 +67,17 @@ def _softmax_backward_bytes(grad: torch.Tensor, *_: Any) -> list[int]:
     return [grad.numel() * grad.element_size()]
 
 
+def _logsumexp_bytes(values: torch.Tensor, dims: Sequence[int], *_: Any) -> list[int]:
+    """The maxima, and the exponentials of what is left without them (aten/src/ATen/native/ReduceOps.cpp)."""
+    reduced = math.prod(values.shape[dim] for dim in dims)
+    return [values.nbytes // reduced, values.nbytes]
+
+
 # Memory that a CUDA kernel takes and gives back while it runs, besides its outputs: bytes of each request.
 _TEMPORARIES: dict[Callable, Callable[..., list[int]]] = {
     aten.embedding_dense_backward.default: _embedding_backward_bytes,
     aten._softmax_backward_data.default: _softmax_backward_bytes,
+    aten.logsumexp.default: _logsumexp_bytes,
     aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_attention_backward_bytes,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_attention_backward_bytes,
 }
