@@ -105,6 +105,20 @@ def test_flce_makes_no_gradient_of_a_head_that_is_not_trained(tmp_path):
     assert sizes[4] == 0
 
 
+def test_dry_run_lets_flce_see_autocast(tmp_path):
+    """FLCE takes 2 tokens x 4,096 words at a time here; under autocast their logits and a copy of the head in bf16."""
+    model = write_llama_folder(tmp_path, num_hidden_layers=1, vocab_size=4096)
+    config = RunConfig(model_name=model, batch_size=1, seq_length=128, dtype="fp32", **HUGGING_FACE | {"flce": True})
+    sizes = {}
+    for mixed in ("none", "bf16"):
+        gpu = predict(dataclasses.replace(config, mixed_precision=mixed), script.build_experiment).gpu
+        sizes[mixed] = {a.size for kind, a in gpu.events if kind == "alloc" and a.module == "loss"}
+    logits, head = 2 * 4096, 4096 * 48
+    assert [2 * head in sizes[mixed] for mixed in ("none", "bf16")] == [False, True]
+    assert [4 * logits in sizes[mixed] for mixed in ("none", "bf16")] == [True, False]
+    assert 2 * logits in sizes["bf16"]
+
+
 def test_lora_settings_without_a_rank_are_refused():
     with pytest.raises(UsageError, match="--lora_alpha does nothing without --lora_rank"):
         techniques.check(RunConfig(lora_alpha=32))

@@ -231,6 +231,8 @@ class FakeGpu(LiveMemory):
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
             "torch.nn.functional.scaled_dot_product_attention": _attention,
             "transformers.masking_utils.is_tracing": lambda *_: False,
+            "torch.is_autocast_enabled": lambda device_type="cuda": _autocast_is_enabled("cpu"),
+            "torch.get_autocast_dtype": lambda device_type="cuda": _autocast_dtype("cpu"),
         }
         # A kernel launch writes to memory its caller allocated, so leaving it out changes no peak.
         for launcher in (
@@ -259,6 +261,7 @@ def _convert(module: torch.nn.Module, convert: Callable, recurse: bool = True) -
 
 
 _autocast = torch.amp.autocast.__init__
+_autocast_is_enabled, _autocast_dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 
 
 def _autocast_of_fakes(self: torch.amp.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
@@ -286,8 +289,8 @@ def _attention(
     Half precision takes cuDNN's on Hopper and FlashAttention elsewhere; neither makes a length x length tensor. In
     fp32 only the plain formula takes grouped queries (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
     """
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
+    if _autocast_is_enabled("cpu"):
+        query, key, value = (tensor.to(_autocast_dtype("cpu")) for tensor in (query, key, value))
     half = query.dtype in (torch.float16, torch.bfloat16)
     if half and attn_mask is not None:  # no record says which kernel PyTorch takes then, nor what that needs
         raise UsageError("attention under a mask, as of a sliding window, is not predicted in half precision")
