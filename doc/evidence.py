@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from src import machine
+from src import machine, techniques
 from src.cli import command_line
 from src.config import DTYPES, RunConfig
 from src.explain.reading import read
@@ -226,7 +226,8 @@ class Shape:
     @functools.cached_property
     def config(self) -> Any:
         """Its Hugging Face configuration."""
-        return load_model_config(RunConfig(model_name=self.name))
+        config = RunConfig(model_name=self.name)
+        return load_model_config(dataclasses.replace(config, **techniques.chosen(config, ())))
 
     @property
     def short_name(self) -> str:

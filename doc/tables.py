@@ -125,9 +125,9 @@ def machine_list(runs: Sequence[Record]) -> str:
     return "\n".join(sorted(f"- {', '.join(f'{name} {value}' for name, value in zip(names, row))}" for row in rows))
 
 
-def measured(runs: Sequence[Record]) -> str:
-    """Peak, time, throughput and MFU of each run."""
-    rows, times = [], answers.step_times(runs)
+def measured(runs: Sequence[Record], found: Sequence[Record] = ()) -> str:
+    """Peak, time, throughput and MFU of each run, and how far its repeats among all that was `found` lie apart."""
+    rows, times = [], answers.step_times(found or runs)
     for run in runs:
         figures = [step(run, 1), speed(run), figure(run, "mfu", 1, "{:.1%}"), answers.repeats(run, times)]
         rows.append([*_cell(run), peak(run), *(figures if run.status == "ok" else [""] * 4)])
@@ -161,13 +161,13 @@ def _peaks(prediction: Record, run: Record) -> list[str]:
 PEAKS = ("measured GiB", "predicted GiB", "error")
 
 
-def predicted(pairs: Sequence[Pair]) -> str:
-    """Measured and predicted peak, the error, and what two other estimators say."""
+def predicted(pairs: Sequence[Pair], *, others: bool = True) -> str:
+    """Measured and predicted peak, the error, and what two other estimators say, which know of plain training alone."""
     rows = []
     for prediction, run in pairs:
-        others = evidence.other_estimates(run.run.model_name, run.run.dtype)
-        rows.append([*_cell(run), *_peaks(prediction, run), *(f"{count / GIB:,.2f}" for count in others)])
-    return markdown_table([*CELL, *PEAKS, "accelerate", "DeepSpeed"], rows)
+        estimates = evidence.other_estimates(run.run.model_name, run.run.dtype) if others else ()
+        rows.append([*_cell(run), *_peaks(prediction, run), *(f"{count / GIB:,.2f}" for count in estimates)])
+    return markdown_table([*CELL, *PEAKS, *(("accelerate", "DeepSpeed") if others else ())], rows)
 
 
 def predicted_offload(pairs: Sequence[Pair]) -> str:
