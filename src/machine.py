@@ -27,6 +27,7 @@ class Gpu:
     # Dense peak of the units that a training step runs on, FLOP/s by dtype: NVIDIA's data sheets and architecture white
     # papers. fp32 without TF32, as PyTorch multiplies by default. None: not known, so there is no MFU.
     peak_flops: Mapping[str, float] | None = None
+    memory_bytes_per_s: float | None = None  # NVIDIA's data sheet
     memory_bytes: int | None = None  # as PyTorch reports it; None where we have seen none
     # What the CUDA context and loaded libraries take before the allocator gets any: the driver's view less what PyTorch
     # reserved, in the records under doc/data/. Taken to be the H100's where nothing was measured.
@@ -36,20 +37,20 @@ class Gpu:
 _HOPPER = {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 66.9e12}
 _A100 = {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}
 
-H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, _HOPPER, memory_bytes=85017493504)
+H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, _HOPPER, 3.35e12, memory_bytes=85017493504)
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
         H100,
-        Gpu("NVIDIA H100 PCIe", (9, 0), 114, {"bf16": 756e12, "fp16": 756e12, "fp32": 51.2e12}),
-        Gpu("NVIDIA H200", (9, 0), 132, _HOPPER, memory_bytes=150109880320),
-        Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, _A100),
-        Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, _A100),
-        Gpu("NVIDIA A100-PCIE-40GB", (8, 0), 108, _A100),
-        Gpu("NVIDIA A100 80GB PCIe", (8, 0), 108, _A100),
-        Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, {"bf16": 165.2e12, "fp16": 165.2e12, "fp32": 82.6e12}),
-        Gpu("NVIDIA GeForce RTX 3090", (8, 6), 82, {"bf16": 71e12, "fp16": 71e12, "fp32": 35.6e12}),
+        Gpu("NVIDIA H100 PCIe", (9, 0), 114, {"bf16": 756e12, "fp16": 756e12, "fp32": 51.2e12}, 2e12),
+        Gpu("NVIDIA H200", (9, 0), 132, _HOPPER, 4.8e12, memory_bytes=150109880320),
+        Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, _A100, 1.555e12),
+        Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, _A100, 2.039e12),
+        Gpu("NVIDIA A100-PCIE-40GB", (8, 0), 108, _A100, 1.555e12),
+        Gpu("NVIDIA A100 80GB PCIe", (8, 0), 108, _A100, 1.935e12),
+        Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, {"bf16": 165.2e12, "fp16": 165.2e12, "fp32": 82.6e12}, 1.008e12),
+        Gpu("NVIDIA GeForce RTX 3090", (8, 6), 82, {"bf16": 71e12, "fp16": 71e12, "fp32": 35.6e12}, 0.936e12),
     )
 }
 
