@@ -15,14 +15,16 @@ from typing import NamedTuple
 import numpy as np
 
 from doc import evidence
+from src.machine import GPUS
 from src.predict import dry_run
-from src.predict.rates import FITTED, Rates
+from src.predict.rates import FITTED, Rates, of_card
 from src.predict.step_time import step_time
 from src.record import Record
 from src.study import grids
 from src.utils import aligned_table
 
 FOLDERS = ("h100_single_gpu", "h100_techniques", "study/h100_single_gpu")  # a machine and its days each
+UNSEEN = "h200_single_gpu"  # another GPU, predicted from its data sheet and the rates of the H100
 MANY_TOKENS = 8192  # the time of a step of so many is meant to be predicted closely
 SMALL_WEIGHT = 0.3  # of a smaller one, which the CPU bounds: it differs from run to run
 CLOSE = 0.03  # relative errors beyond count less and less: other programs may have disturbed a run
@@ -123,9 +125,9 @@ def _rates(numbers: Iterable[float]) -> Rates:
 
 def main() -> None:
     """Fit, and print the rates, every prediction beside its measurement, and the errors."""
-    runs = [(folder, run) for folder in FOLDERS for run in runs_of(folder)]
+    runs, unseen = [(folder, run) for folder in FOLDERS for run in runs_of(folder)], runs_of(UNSEEN)
     build, works = grids.script("all_gpu").build_experiment, {}
-    for name, run in {setting(run): run for _, run in runs}.items():
+    for name, run in {setting(run): run for run in [*(run for _, run in runs), *unseen]}.items():
         works[name] = dry_run.predict(run.run, build).works
         print(f"simulated {name}", flush=True)
 
@@ -136,11 +138,14 @@ def main() -> None:
     print(*dataclasses.asdict(rates).items(), sep="\n")
     found = [Compared(run, folder, predict(rates, run)) for folder, run in runs]
     print(aligned_table([_row(c) for c in sorted(found, key=lambda c: c.run.run_name)], "llrrr"))
+    of_other = of_card(GPUS[unseen[0].environment.gpu])
+    other = [Compared(run, UNSEEN, predict(of_other, run)) for run in unseen]
     parts = {
         f"{MANY_TOKENS:,} tokens and more": [c for c in found if is_large(c.run)],
         "  fitted": [c for c in found if is_large(c.run) and not is_held_out(c.run)],
         "  held out": [c for c in found if is_large(c.run) and is_held_out(c.run)],
         "fewer tokens": [c for c in found if not is_large(c.run)],
+        f"as many, {of_other.gpu}": [c for c in other if is_large(c.run)],
     }
     header = ("", "runs", "median error", "largest", "faster one named")
     print(aligned_table([header, *(summary(name, own) for name, own in parts.items())], "lrrrr"))

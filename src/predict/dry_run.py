@@ -306,7 +306,7 @@ def many(configs: Iterable[RunConfig], script: Script) -> None:
 
 
 def forecast(config: RunConfig, script: Script, variants: Mapping[str, Mapping[str, object]]) -> str:
-    """A table of what `config` would need with each variant's settings in place of its own, side by side."""
+    """A table of what `config` would need, and how long a step would take, with each variant's settings in place of its own, side by side."""
     configs = {name: dataclasses.replace(config, **own) for name, own in variants.items()}
     build, simulate = script.build_experiment, script.simulate
     predictions = {name: predict(own, build, simulate=simulate) for name, own in configs.items()}
@@ -315,4 +315,7 @@ def forecast(config: RunConfig, script: Script, variants: Mapping[str, Mapping[s
         rows.append((category.replace("_", " "), *(format_bytes(p.breakdown[category]) for p in predictions.values())))
     rows.append(("peak memory", *(format_bytes(p.peak_bytes) for p in predictions.values())))
     rows.append(("in the phase", *(p.phases.phase for p in predictions.values())))
+    times = [prediction.step_time for prediction in predictions.values()]
+    if None not in times:
+        rows.append(("step, predicted", *(f"{time.seconds * 1e3:,.1f} ms" for time in times)))
     return aligned_table(rows)

@@ -7,6 +7,7 @@ which are written. Each tensor is counted once for either; what a kernel reads a
 import ast
 import functools
 import inspect
+import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -81,15 +82,16 @@ def work_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: A
         moved += sum(map(unique_bytes, tensors_in(result)))
     if schema.name in _PRODUCTS:
         return _product(schema.name, values[_PRODUCTS[schema.name] :], moved)
-    if "attention" in schema.name:
+    if schema.name.startswith("_scaled_dot_product"):
         return _attention(schema, values, moved)
     return Work(schema.name, "memory", moved_bytes=moved)
 
 
 def unique_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the different numbers in a tensor: those of an expanded one are in memory once."""
-    count = tensor.numel() * tensor.element_size()
-    return min(count, tensor.untyped_storage().nbytes()) if 0 in tensor.stride() else count
+    """Bytes of the numbers in a tensor; those that it repeats, where it is expanded, are in memory once."""
+    if 0 not in tensor.stride():
+        return tensor.numel() * tensor.element_size()
+    return math.prod(n for n, stride in zip(tensor.shape, tensor.stride()) if stride) * tensor.element_size()
 
 
 def _product(name: str, matrices: Sequence[torch.Tensor], moved: int) -> Work:
@@ -128,24 +130,29 @@ def _traffic(kernel: Callable) -> dict[str, int]:
     """Of each argument of a Triton kernel, in their order: 2 if it is read and written, else 1.
 
     Found in the source: what it loads from and stores to, followed through the assignments that make one pointer of
-    another. An argument that it does neither with goes to a function of its own: counted once.
+    another. An argument that it does neither with goes to a function of its own: counted once, as are all of a kernel
+    whose source is in no file.
     """
     names = list(inspect.signature(kernel).parameters)
     roots: dict[str, set[str]] = {name: {name} for name in names}
     read, written = set(), set()
-    for node in _in_order(ast.parse(textwrap.dedent(inspect.getsource(kernel)))):
+    for node in _in_order(_parsed(kernel)):
         if isinstance(node, ast.Assign | ast.AugAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            for target in targets:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 if isinstance(target, ast.Name):
                     roots[target.id] = _pointers(node.value, roots) | roots.get(target.id, set())
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
-            pointers = _pointers(node.args[0], roots)
-            if node.func.attr == "load" or node.func.attr.startswith("atomic"):
-                read |= pointers
-            if node.func.attr == "store" or node.func.attr.startswith("atomic"):
-                written |= pointers
+            pointers, does = _pointers(node.args[0], roots), node.func.attr.partition("_")[0]
+            read |= pointers if does in ("load", "atomic") else set()
+            written |= pointers if does in ("store", "atomic") else set()
     return {name: max(1, (name in read) + (name in written)) for name in names}
+
+
+def _parsed(kernel: Callable) -> ast.Module:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(kernel)))
+    except OSError:
+        return ast.parse("")
 
 
 def _in_order(tree: ast.AST) -> Iterator[ast.AST]:
