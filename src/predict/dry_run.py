@@ -306,7 +306,7 @@ def many(configs: Iterable[RunConfig], script: Script) -> None:
 
 
 def forecast(config: RunConfig, script: Script, variants: Mapping[str, Mapping[str, object]]) -> str:
-    """A table of what `config` would need, and how long a step would take, with each variant's settings in place of its own, side by side."""
+    """A table of what a step of `config` would need and take with each variant's settings in place of its own."""
     configs = {name: dataclasses.replace(config, **own) for name, own in variants.items()}
     build, simulate = script.build_experiment, script.simulate
     predictions = {name: predict(own, build, simulate=simulate) for name, own in configs.items()}
