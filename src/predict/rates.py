@@ -60,11 +60,11 @@ class Rates:
 FITTED = Rates(
     gpu=H100.name,
     source="fitted to steps measured on an H100",
-    matmul_flops={"bf16": 675e12, "fp16": 675e12, "fp32": 47.4e12},
-    attention_flops=472e12,
-    attention_backward_flops=407e12,
-    memory_bytes=2.54e12,
-    kernel_s=3.2e-6,
+    matmul_flops={"bf16": 671e12, "fp16": 671e12, "fp32": 47.3e12},
+    attention_flops=470e12,
+    attention_backward_flops=409e12,
+    memory_bytes=2.51e12,
+    kernel_s=2.7e-6,
     operation_s=19e-6,
     triton_s=117e-6,
 )
