@@ -11,7 +11,7 @@ import all_gpu_liger_kernel as script
 from doc import evidence
 from doc.rates import Compared, is_held_out, is_large, rightly_ordered, runs_of
 from src import machine
-from src.machine import GPUS, H100
+from src.machine import GPUS, H100, Gpu
 from src.model_utils import load_model_config
 from src.predict import calibrate
 from src.predict.dry_run import predict
@@ -166,6 +166,8 @@ def test_another_gpus_rates_are_the_same_shares_of_its_data_sheet():
     assert rates.memory_bytes / FITTED.memory_bytes == pytest.approx(2.039 / 3.35)
     assert "data sheet" in rates.source
     assert rates_asked_for(None, H100) is FITTED
+    assert rates_asked_for(None, Gpu(other.name, (8, 0), 108)) == rates  # as PyTorch tells of it
+    assert rates_asked_for(None, Gpu("another", (8, 0), 108)) is None
 
 
 def test_rates_measured_here_are_those_that_a_dry_run_takes_from_the_file(tmp_path):

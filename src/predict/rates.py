@@ -74,6 +74,7 @@ def of_card(card: Gpu) -> Rates | None:
     """The rates of a GPU: fitted, or the shares of its data sheet that an H100 reaches; None where that is unknown."""
     if card.name == FITTED.gpu:
         return FITTED
+    card = GPUS.get(card.name, card)  # what PyTorch tells of a GPU has no data sheet
     if card.peak_flops is None or card.memory_bytes_per_s is None:
         return None
     products = {
