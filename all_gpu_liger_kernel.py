@@ -99,7 +99,7 @@ def build_experiment(config: RunConfig, runtime: Runtime) -> Experiment:
 
 def main(config: RunConfig, planned: RunConfig | None = None) -> int:
     """Run what `config` describes; `planned` is what a GPU would run in its place. Returns the exit status."""
-    if config.find_max:
+    if config.searched:
         return frontier.main(config, SCRIPT)
     if config.dry_run:
         return dry_run.main(config, SCRIPT)

@@ -90,7 +90,7 @@ def main(
 ) -> int:
     """Run what `config` describes, with the engine that `build` makes or keeps; returns the exit status."""
     if config.plans:
-        status = frontier.main(config, SCRIPT) if config.find_max else predict(config, SCRIPT)
+        status = frontier.main(config, SCRIPT) if config.searched else predict(config, SCRIPT)
         if missing := unchecked(config):
             print_rank0(f"Not checked against a measurement: {', '.join(missing)}")
         return status

@@ -7,6 +7,7 @@
 #   PER_DEVICE_TRAIN_BATCH_SIZE=32 ENABLE_FLCE=0 bash run_ds.sh
 #   NUM_GPUS=2 bash run_ds.sh
 #   NUM_GPUS=64 bash run_ds.sh --dry_run                       # predicts GPU and host memory; needs no GPU
+#   bash run_ds.sh --find_min num_gpus --gpu_memory_gib 24     # predicts how many such GPUs a model needs
 #
 # Several machines, a line each in the file: name slots=8. Through ssh without a password and pdsh:
 #   HOSTFILE=hosts bash run_ds.sh
@@ -38,7 +39,7 @@ python -m src.offload.variables run_ds.sh || exit
 
 plans= # what only predicts needs no launcher: one process simulates one of NUM_GPUS ranks
 for word in "$@"; do
-    [[ ! "$word" =~ ^--(dry_run|find_max)(=|$) || "$word" == --dry_run=0 ]] || plans=1
+    [[ ! "$word" =~ ^--(dry_run|find_max|find_min)(=|$) || "$word" == --dry_run=0 ]] || plans=1
 done
 [ -z "$plans" ] || [ -z "$HOSTFILE" ] || refuse "a dry run takes no HOSTFILE: NUM_GPUS are the GPUs of all machines"
 

@@ -41,7 +41,7 @@ from doc import evidence, pictures, studies, tables
 from doc.evidence import ROOT
 from src.check import curves
 from src.machine import H100
-from src.predict.frontier import GRANULARITY
+from src.predict import frontier
 from src.study.answers import setting_words
 from src.utils import ExitStatus, UsageError, error_line, write_atomically
 
@@ -82,7 +82,7 @@ def context(folder: str, command: str) -> dict[str, Any]:
         "share": evidence.share,
         "setting_words": setting_words,
         "H100": H100,
-        "GRANULARITY": GRANULARITY,
+        "frontier": frontier,
     }
 
 

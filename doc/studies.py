@@ -309,7 +309,7 @@ def searched(runs: Iterable[Record]) -> dict[tuple, int]:
     lines, found = {line.field: line for line in LINES}, {}
     for record in (r for r in runs if r.frontier is not None and r.simulated_gpu == H100.name):
         cell, asked = answers.cell(record), record.frontier
-        if lines[asked.searched].has(cell):
+        if asked.searched in lines and lines[asked.searched].has(cell):
             card_bytes = asked.limit_bytes + H100.context_bytes
             found[_setting(record), cell.strategy, asked.searched, card_bytes] = asked.predicted
     return found

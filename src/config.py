@@ -62,7 +62,7 @@ class Sizes:
 
 
 def _technique_field(technique: Technique) -> tuple[str, type, Any]:
-    flags = tuple(filter(None, (technique.flag, technique.offload_flag)))
+    flags = tuple(filter(None, (technique.flag, technique.offload_flag, *technique.aliases)))
     own = option(
         technique.default,
         technique.help,
@@ -124,7 +124,7 @@ class RunConfig(Techniques):
         """Why a machine without a GPU cannot run this, in one line; None if it can."""
         if self.memory_limit_gib is not None:
             return "on a CPU there is no --memory_limit_gib: --dry_run --memory_limit_gib says what fits"
-        if self.dtype == "bf16" or (self.dtype == "fp16" and not self.parity):
+        if self.compute_dtype == "bf16" or (self.compute_dtype == "fp16" and not self.parity):
             return "on a CPU the kernels are checked in fp32, with --parity also in fp16; bf16 needs a GPU"
         if flags := gpu_only(self):
             return f"{flags[0]} needs a GPU"
@@ -143,9 +143,19 @@ class RunConfig(Techniques):
         return self.global_batch_size * self.seq_length
 
     @property
+    def compute_dtype(self) -> str:
+        """Of matrix products: the weights' dtype, or what autocast makes of it."""
+        return self.dtype if self.mixed_precision == "none" else self.mixed_precision
+
+    @property
     def plans(self) -> bool:
         """Whether nothing is to run: a dry run or a search."""
-        return self.dry_run or self.find_max is not None
+        return self.dry_run or self.searched is not None
+
+    @property
+    def searched(self) -> str | None:
+        """The field whose value is searched for; whatever it has is not used."""
+        return self.find_max
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -165,7 +175,10 @@ class RunConfig(Techniques):
     @property
     def description(self) -> str:
         """What one step trains on, and how, for a person."""
-        return f"batch {self.batch_size} x {self.seq_length} tokens{self._times()}, {self.dtype}"
+        return f"batch {self.batch_size} x {self.seq_length} tokens{self._times()}, {self._precision()}"
+
+    def _precision(self) -> str:
+        return self.dtype if self.mixed_precision == "none" else f"{self.dtype} under {self.mixed_precision} autocast"
 
     def _times(self) -> str:
         count = self.gradient_accumulation_steps

@@ -8,7 +8,8 @@ import importlib
 import logging
 import os
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -187,18 +188,29 @@ def build_engine(config: OffloadConfig, device: torch.device) -> Any:
         _announce_compilation(config)
     settings = zero3_config(config, model_config)
     _check_accepted(settings)
-    # While this object lives, transformers builds and loads models partitioned.
-    partitioned = HfDeepSpeedConfig(settings)
-    model = build_model(config, device)
-    optimizer = build_offload_optimizer(model, config)
-    with _overlapped_zero3() if config.optimizer == "overlapped_cpu_adam" else nullcontext():
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=build_scheduler(optimizer, config), config=settings
-        )
-    del partitioned
+    with _partitioned(settings):
+        model = build_model(config, device)
+        optimizer = build_offload_optimizer(model, config)
+        with _overlapped_zero3() if config.optimizer == "overlapped_cpu_adam" else nullcontext():
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, lr_scheduler=build_scheduler(optimizer, config), config=settings
+            )
     if not config.plans:
         _let_reports_through()
     return engine
+
+
+@contextmanager
+def _partitioned(settings: dict[str, Any]) -> Iterator[None]:
+    """Let transformers build and load models partitioned, which it does while an object lives.
+
+    It ends also where building fails: the error's traceback would keep the object, and the next model be partitioned.
+    """
+    kept = HfDeepSpeedConfig(settings)
+    try:
+        yield
+    finally:
+        del kept
 
 
 class KeptEngine:

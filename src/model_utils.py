@@ -23,6 +23,7 @@ from src import architecture, techniques
 from src.config import RunConfig
 from src.families import FAMILIES, Family, check_name, shipped
 from src.techniques import KERNEL_NAMES, TECHNIQUES
+from src.techniques.kernels import lacking
 from src.utils import UsageError, first_line
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -109,10 +110,8 @@ def apply_kernels(config: RunConfig, family: Family) -> None:
     """
     if not config.kernels:
         return
-    if missing := [name for name in config.kernels if name not in family.liger_switches]:
-        raise UsageError(
-            f"Liger has no {missing[0]} kernel for {family.model_type} models: --{TECHNIQUES[missing[0]].flag} 0"
-        )
+    if reason := lacking(config.kernels, family):
+        raise UsageError(reason)
     try:
         patch = getattr(importlib.import_module("liger_kernel.transformers"), family.liger_patch)
     except ImportError as error:
@@ -186,16 +185,17 @@ def parameter_counts(shape: PretrainedConfig) -> tuple[int, int]:
 def flops_per_step(model: PreTrainedModel, config: RunConfig) -> int:
     """Floating-point operations that one optimizer step needs: 6·N·T for the weights plus causal attention.
 
-    N counts every weight that takes part in a matrix product: all but an embedding that is not also the LM head.
+    N counts every weight that takes part in a matrix product: all but an embedding that is not also the LM head. One
+    that is not trained, as under LoRA, needs no gradient of its own: 4 in place of 6.
     Attention is 2 products of S·S·heads·head_dim per layer and sequence, halved by the causal mask, 2 operations
     each, and three times that with the backward pass. Recomputation under gradient checkpointing is not counted.
     Method: PaLM (Chowdhery et al. 2022), appendix B, with the causal half of attention left out.
     """
     shape = model.config
-    weights = sum(full_shape(p).numel() for p in model.parameters() if len(full_shape(p)) == 2)
-    if not shape.tie_word_embeddings:
-        weights -= full_shape(model.get_input_embeddings().weight).numel()
+    of_input = None if shape.tie_word_embeddings else model.get_input_embeddings().weight
+    products = [p for p in model.parameters() if len(full_shape(p)) == 2 and p is not of_input]
+    of_weights = sum((6 if p.requires_grad else 4) * full_shape(p).numel() for p in products)
     tokens = config.tokens_per_step
     attention_width = shape.num_attention_heads * shape.head_dim
     attention = 6 * shape.num_hidden_layers * attention_width * config.seq_length * tokens
-    return 6 * weights * tokens + attention
+    return of_weights * tokens + attention

@@ -97,10 +97,15 @@ class OffloadConfig(RunConfig):
         tag="ds",
         longest=2**20,
     )
+    find_min: str | None = option(
+        None, "search the smallest that fits, a power of two; the GPUs of a dry run", tag="min", choices=("num_gpus",)
+    )
     step_per_print: int = option(10, "steps between DeepSpeed's own reports", bounds=(1, COUNT))
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.find_min and self.find_max:
+            raise UsageError("--find_min and --find_max are two searches: give one of them")
         if self.optimizer == "overlapped_cpu_adam" and self.dtype == "fp16":
             raise UsageError("--optimizer overlapped_cpu_adam has no fp16: use --dtype bf16")
         if self.optimizer_states == "bf16" and self.dtype != "bf16":
@@ -112,6 +117,10 @@ class OffloadConfig(RunConfig):
         if self.dtype == "fp16" or self.memory_limit_gib is not None:
             return "on a CPU there is no --dtype fp16 and no --memory_limit_gib"
         return None
+
+    @property
+    def searched(self) -> str | None:
+        return "world_size" if self.find_min else super().searched
 
     @property
     def ds_overrides(self) -> dict[str, Any]:
@@ -144,10 +153,11 @@ class OffloadConfig(RunConfig):
         processes = f" x {self.world_size} processes" if self.world_size > 1 else ""
         size = f"batch {self.batch_size} x {self.seq_length} tokens{self._times()}{processes}"
         states = f"{self.dtype} with {self.optimizer_states} optimizer states"
-        return f"{size}, {states}, {self._zero}, preset {self.preset}"
+        return f"{size}, {states}, {self.zero}, preset {self.preset}"
 
     @property
-    def _zero(self) -> str:
+    def zero(self) -> str:
+        """The stage of ZeRO and where the host keeps what, for a person."""
         if self.zero_stage == 3 and self.weights_on_cpu and self.optimizer_on_cpu:
             return "ZeRO-3 offload"
         places = ["GPU", "CPU"]

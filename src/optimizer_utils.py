@@ -23,12 +23,14 @@ def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Op
     if config.optimizer == "adamw_cpu":
         settings["offload_gradients"] = config.gradient_accumulation_steps == 1
 
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
     def build(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return kind(parameters, lr=config.learning_rate, **settings)
 
     if config.optimizer_in_backward:
-        return InBackward(model.parameters(), build)
-    optimizer = build(model.parameters())
+        return InBackward(trained, build)
+    optimizer = build(trained)
     if config.optimizer == "adamw_cpu":
         optimizer.state = {}  # the host has it, and torchao no such attribute
     return optimizer
@@ -67,7 +69,7 @@ class InBackward:
 
 def build_loss_scaler(config: RunConfig, device: torch.device) -> torch.amp.GradScaler:
     """A dynamic loss scaler for fp16; for other dtypes a scaler that does nothing."""
-    return torch.amp.GradScaler(device.type, enabled=config.dtype == "fp16")
+    return torch.amp.GradScaler(device.type, enabled=config.compute_dtype == "fp16")
 
 
 def build_offload_optimizer(model: torch.nn.Module, config: OffloadConfig) -> torch.optim.Optimizer:

@@ -111,6 +111,12 @@ def is_offloaded(overrides: dict[str, Any], what: str) -> bool:
     return device == "cpu"
 
 
+def says_more(overrides: dict[str, Any]) -> bool:
+    """Whether there is anything in it but the stage and what is offloaded."""
+    own = {"stage", "offload_param", "offload_optimizer"}
+    return bool(overrides.keys() - {"zero_optimization"} or zero_section(overrides).keys() - own)
+
+
 def check(config: Any) -> None:
     """Raises `UsageError` if the override of an `OffloadConfig` cannot be, or does not go with its other settings."""
     for refusal in _refusals(config, config.ds_overrides):

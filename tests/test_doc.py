@@ -113,6 +113,18 @@ def test_readme_states_the_errors_of_the_predictions():
     assert told
 
 
+def test_every_search_for_gpus_stands_in_its_place():
+    _, text = (ROOT / "doc" / "predicted_offload.md").read_text().split("## Which GPUs")
+    shown = {(row["model"], row["what is divided, and where it is"]): row for row in by_column(text)}
+    found = evidence.folder("predicted_gpus").records
+    assert len(found) == 6 * len(shown)
+    for record in found:
+        config, count = record.run, record.frontier.predicted
+        row = shown[answers.short_model(config), f"{config.zero}, preset {config.preset}"]
+        told = row[f"{config.gpu_memory_gib:.0f} GB, {'FLCE' if config.flce else 'no FLCE'}"]
+        assert told == (f"{count:,} ({record.predicted_host_bytes / GIB:,.0f} GiB)" if count else "none")
+
+
 # Conditions
 
 

@@ -34,7 +34,7 @@ from src.model_utils import (
 )
 from src.offload_config import OffloadConfig
 from src.techniques import KERNEL_NAMES, kernels_only
-from src.techniques.optimizers import OPTIMIZERS
+from src.techniques.optimizers import CHOICES
 from src.utils import UsageError
 from tests.helpers import (
     ALL_KERNELS,
@@ -52,6 +52,7 @@ PARAMETERS = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "meta-llama/Llama-3.2-3B": 3_212_749_824,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
     "Qwen/Qwen3-0.6B": 596_049_920,
     "Qwen/Qwen3-4B": 4_022_468_096,
     "Qwen/Qwen3-8B": 8_190_735_360,
@@ -241,15 +242,16 @@ def test_weights_gradients_and_optimizer_state_have_the_dtype_asked_for(dtype):
     assert {tensor.dtype for tensor in model + gradients + moments} == {TORCH_DTYPES[dtype]}
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [name for name, own in CHOICES.items() if own.library == "torch.optim"])
 def test_optimizer_lowers_the_loss(optimizer):
     config = tiny_config(optimizer=optimizer, learning_rate=0.05 if optimizer == "sgd" else 1e-3)
     experiment = script.build_experiment(config, HostRuntime())
     first, *_, last = (experiment.step().item() for _ in range(4))
     assert last < first
-    assert type(experiment.optimizer).__name__ == OPTIMIZERS[optimizer][0]
+    chosen = CHOICES[optimizer]
+    assert type(experiment.optimizer).__name__ == chosen.name
     assert experiment.optimizer.defaults["lr"] == config.learning_rate
-    assert {name: experiment.optimizer.defaults[name] for name in OPTIMIZERS[optimizer][1]} == OPTIMIZERS[optimizer][1]
+    assert {name: experiment.optimizer.defaults[name] for name in chosen.settings} == chosen.settings
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -253,5 +253,5 @@ def test_on_a_gpu_what_fits_this_card_is_predicted_and_measured(small, monkeypat
     config = dataclasses.replace(small, find_max="batch_size")
     assert frontier.main(config, measuring) == 0
     found = load(config.record_file).frontier
-    assert asked == [(card, GIB, None)]
+    assert asked == [(card, GIB, script.SCRIPT.simulate)]
     assert (found.limit_bytes, found.predicted, found.measured) == (GIB, 7, 6)

@@ -4,19 +4,23 @@ import dataclasses
 import functools
 import json
 import statistics
+from collections import Counter
 
 import pytest
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 import deepspeed_liger_kernel as script
 from doc import evidence
 from src import overrides
 from src.measure.devices import HostRuntime
+from src.offload import simulated
 from src.offload.simulated import SimulatedRank, unchecked
 from src.offload_config import PRESETS, OffloadConfig
+from src.predict.allocator import SimulatedOutOfMemory
 from src.predict.dry_run import FakeRuntime, predict
 from src.predict.fake_machine import FakeMachine
 from src.record import load
-from src.utils import MIB, UsageError
+from src.utils import GIB, MIB, UsageError
 from tests.helpers import HUGGING_FACE, ROOT, assert_one_error_line, run_python
 from tests.test_offload import config_of, folder, in_forks  # noqa: F401 - the fixture
 
@@ -213,6 +217,8 @@ def test_stages_and_places_are_told():
     config = OffloadConfig(ds_override='{"zero_optimization":{"stage":1,"offload_optimizer":null}}', world_size=64)
     assert "ZeRO-1 with weights on the GPU and optimizer on the GPU" in config.description
     assert unchecked(config) == ["ZeRO-1", "weights on the GPU", "optimizer on the GPU", "64 GPUs"]
+    other = OffloadConfig(ds_override='{"zero_optimization":{"stage3_max_live_parameters":1e9}}', find_min="num_gpus")
+    assert unchecked(other) == ["more than 2 GPUs", "--ds_override's other values"]
 
 
 @pytest.fixture(scope="module")
@@ -223,10 +229,10 @@ def tiny(tmp_path_factory):
     return [f"--{name}={value}" for name, value in flags.items()], place
 
 
-def predicted_parts(**fields):
+def predicted_parts(preset="original", simulate=SimulatedRank, **fields):
     """Of a tiny model's peak, by category."""
-    config = OffloadConfig(model_name="tiny-llama", seq_length=64, dtype="bf16", **HUGGING_FACE, **fields)
-    return predict(config, script.build_experiment, simulate=SimulatedRank)
+    own = {"model_name": "tiny-llama", "seq_length": 64, "dtype": "bf16", "preset": preset} | HUGGING_FACE | fields
+    return predict(OffloadConfig(**PRESETS[preset] | own), script.build_experiment, simulate=simulate)
 
 
 @functools.cache
@@ -251,6 +257,68 @@ def test_each_stage_holds_what_its_definition_says():
         assert sum(held.values()) >= resident
         assert found.peak_bytes >= resident
         assert found.peak_bytes < resident + 8 * count + 100 * block
+
+
+class Counting(SimulatedRank):
+    """Counts the operations that it sees."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, *args, **kwargs):
+        self.operations += 1
+        return super().__torch_dispatch__(*args, **kwargs)
+
+
+def test_without_the_pieces_of_other_ranks_only_the_time_is_another(monkeypatch):
+    def predicted(ranks):
+        found = predicted_parts("fast", Counting, world_size=ranks)
+        # A set of parameters is let go in any order.
+        requests = Counter((what, a.size, a.phase, a.operation) for what, a in found.gpu.events)
+        sizes = found.phases, found.peak_reserved_bytes, found.host_peak_bytes, found.breakdown
+        return found.gpu.operations, (requests, *sizes)
+
+    few, without = predicted(6)  # some pieces are padded
+    assert without[-1]["gathered_parameters"] > 100 * without[-1]["inputs"]
+    monkeypatch.setattr(simulated, "only_own_pieces", lambda: ())
+    many, as_deepspeed_does = predicted(6)
+    assert without == as_deepspeed_does
+    assert many > 1.1 * few
+
+
+@pytest.mark.parametrize(("limit", "fits"), [(75 * MIB, True), (MIB, False)])
+def test_fewest_gpus_fit_and_half_of_them_do_not(limit, fits, tmp_path, capsys):
+    zero = json.dumps({"zero_optimization": {"offload_optimizer": None, "offload_param": None}})
+    sizes = {"model_name": "tiny-llama", "batch_size": 1, "seq_length": 64, "dtype": "bf16", "ds_override": zero}
+    places = {"result_dir": str(tmp_path), "snapshot_dir": "", "log_dir": ""}
+    config = OffloadConfig(**sizes, **places, find_min="num_gpus", memory_limit_gib=limit / GIB)
+    assert script.main(config) == (0 if fits else 3)
+    record = load(config.record_file)
+    count = record.frontier.predicted
+    assert record.frontier.searched == "world_size"
+    if not fits:
+        assert (count, record.status, record.peak_memory_bytes) == (0, "oom", None)
+        return
+    assert record.processes == count > 1
+    assert record.peak_reserved_bytes <= limit
+    assert record.predicted_host_bytes > count * GIB
+    told = capsys.readouterr()
+    assert f"num_gpus {count} is the smallest power of two" in told.out
+    assert told.err.startswith("num_gpus 1: does not fit\n")
+    assert f"num_gpus {count // 2}: does not fit\nnum_gpus {count}: fits" in told.err
+
+
+def test_build_that_fails_leaves_no_later_model_partitioned():
+    zero = json.dumps({"zero_optimization": {"offload_optimizer": None, "offload_param": None}})
+    sizes = {"model_name": "tiny-llama", "seq_length": 64, "dtype": "bf16", "ds_override": zero}
+    with pytest.raises(SimulatedOutOfMemory) as failed:  # it holds the frames of what was built
+        predict(OffloadConfig(**sizes), script.build_experiment, simulate=SimulatedRank, limit_bytes=MIB)
+    assert any(frame.name == "build_engine" for frame in failed.traceback)
+    assert not is_deepspeed_zero3_enabled()
+
+
+def test_two_searches_are_refused():
+    with pytest.raises(UsageError, match="give one of them"):
+        OffloadConfig(find_min="num_gpus", find_max="batch_size")
 
 
 def test_search_and_card_print_what_fits(tiny):
@@ -281,7 +349,7 @@ def test_launcher_is_not_asked_for_a_dry_run(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--num_gpus", "2"], "--num_gpus is for --dry_run and --find_max"),
+        (["--num_gpus", "2"], "--num_gpus is for --dry_run and searches"),
         (["--dry_run", "--num_gpus", "0"], "--num_gpus must be from 1"),
         (["--dry_run", "--ds_override", "no/such/file.json"], "--ds_override is not JSON, and no file"),
     ],

@@ -15,6 +15,7 @@ import types
 from collections import Counter
 
 import pytest
+import torch
 
 import all_gpu_liger_kernel
 import deepspeed_liger_kernel
@@ -25,7 +26,7 @@ from src.record import Failure, load_all, save
 from src.record import record as record_module
 from src.record.recorder import new_record
 from src.study import __main__ as study
-from src.study import grids
+from src.study import grids, workers
 from src.study.grids import grid_axes, tasks
 from src.techniques import KERNEL_NAMES, TITLES
 from src.utils import ExitStatus, UsageError, write_atomically
@@ -77,6 +78,9 @@ def test_label_says_what_tells_a_cell_apart():
 
 def test_grid_that_cannot_be_is_a_usage_error():
     wrong = {"everything": "'everything' is no grid", "seq_length=64 batch": "'batch' is no grid"}
+    wrong |= {"batch seq_length=64": "the grid batch has values of seq_length of its own"}
+    wrong |= {"peers study": "'study' is no grid"}
+    wrong |= {"peers strategy=none": "the grid peers has values of strategy of its own"}
     wrong |= {"batch_size=1,,2": "is no grid", "seed=1 seed=2": "seed is given twice", "strategy=x": "unknown kernel"}
     for words, text in wrong.items():
         with pytest.raises(UsageError, match=text):
@@ -229,6 +233,18 @@ def test_failed_run_is_recorded_as_what_it_was_and_the_study_goes_on(script, end
     script.ran()
     assert script("batch_size=1,2", "strategy=all")[0] == 0  # failures are tried again
     assert [name for name, *_ in script.ran()] == [failed.run_name]
+
+
+def test_run_starts_afresh_where_a_library_has_initialised_cuda(run_study, monkeypatch, tmp_path):
+    def no_fork():
+        raise AssertionError("CUDA cannot be used in a fork of this process")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(workers, "_fork", no_fork)
+    small = ["batch_size=1", "seq_length=8", "strategy=none", "--iterations=1", "--warmup=0", "--device=cpu"]
+    assert run_study(*small, f"--result_dir={tmp_path}")[0] == 0
+    (record,) = load_all([tmp_path])
+    assert (record.status, record.mode) == ("ok", "interpreted")
 
 
 def test_run_that_hangs_is_ended_with_what_it_started(script):

@@ -16,6 +16,7 @@ from src.offload_config import OffloadConfig
 from src.optimizer_utils import build_optimizer
 from src.predict.dry_run import predict
 from src.techniques import losses
+from src.techniques.host_checkpoints import HostCheckpoints
 from src.utils import MIB, UsageError
 from tests.helpers import HUGGING_FACE, tiny_config, write_llama_folder
 
@@ -119,6 +120,21 @@ def test_technique_computes_what_hugging_faces_code_does(tiny_run, plain, settin
     assert trained.measurement.losses == pytest.approx(plain.measurement.losses, rel=1e-6)
 
 
+def test_inputs_kept_on_the_host_come_back_in_any_order_of_arguments():
+    """PyTorch 2.11 saves an empty tensor before the arguments, PyTorch 2.13 does not."""
+    kept, weights = HostCheckpoints(), [torch.randn(4, 4, requires_grad=True) for _ in range(4)]
+    gradients = []
+    for call in (lambda f, *args: f(*args), lambda f, *args: kept.call(f, *args, use_reentrant=False)):
+        x = torch.ones(2, 4)
+        for weight in weights:
+            x = call(lambda empty, x, weight=weight: torch.tanh(x @ weight), torch.empty(0, requires_grad=True), x)
+        x.sum().backward()
+        gradients.append([w.grad.clone() for w in weights])
+        for weight in weights:
+            weight.grad = None
+    assert all(map(torch.equal, *gradients))
+
+
 def test_optimizer_in_the_backward_pass_updates_as_it_does_after_it(tmp_path):
     config = tiny_config(model_name=write_llama_folder(tmp_path), learning_rate=1e-2)
     ids, weights = torch.randint(199, (2, 8)), {}
@@ -153,7 +169,7 @@ def test_peaks_of_techniques_differ_by_what_they_keep(tmp_path):
         peaks(loss="chunked", optimizer="sgd", **own)["forward"] / MIB
         for own in ({}, {"checkpoint_part": "mlp"}, {"checkpoint_offload": "overlapped"})
     )
-    assert here - there == 4 * 2
+    assert here - there == 3 * 2
     assert tiled > here
 
 
@@ -174,6 +190,7 @@ REFUSED = {
     "--cuda_graph goes with --optimizer": {"cuda_graph": True, "optimizer": "adafactor"},
     "--cuda_graph needs --warmup 3": {"cuda_graph": True, "warmup": 2},
     "--compile is not predicted": {"compile": "layers", "dry_run": True},
+    "Liger has no flce kernel for granite models: --enable_flce 0": {"model_name": "tiny-granite", "flce": True},
 }
 
 

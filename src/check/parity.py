@@ -60,7 +60,7 @@ def compare(configs: Sequence[RunConfig], device: torch.device) -> Iterator[tupl
             config,
             Parity(
                 tokens=one.batch_size * one.seq_length,
-                dtype=one.dtype,
+                dtype=one.compute_dtype,
                 loss_scale=ours.scale,
                 reference_loss=reference.loss,
                 run=run,
@@ -124,7 +124,7 @@ def _batch(model: PreTrainedModel, config: RunConfig, device: torch.device) -> B
 
 def _pass(model: PreTrainedModel, config: RunConfig, device: torch.device, rest: torch.device) -> _Pass:
     """One pass in the run's dtype, through its loss scale if it is fp16."""
-    scale = _first_scale(config) if config.dtype == "fp16" else None
+    scale = _first_scale(config) if config.compute_dtype == "fp16" else None
     batch = _batch(model, config, device)
     while True:
         loss = model(**batch).loss
@@ -143,6 +143,7 @@ def _first_scale(config: RunConfig) -> float:
 def _reference(model: PreTrainedModel, config: RunConfig, device: torch.device, rest: torch.device) -> _Pass:
     """Hugging Face's code in fp32, a sequence at a time: all have as many tokens, so their mean is the batch's."""
     model = model.float()
+    vars(model).pop("forward", None)  # which autocast would take from fp32 again
     batch, losses = _batch(model, config, device), []
     for ids in batch["input_ids"].split(1):
         loss = model(input_ids=ids, labels=ids).loss / config.batch_size
@@ -155,8 +156,9 @@ def _taken(model: PreTrainedModel, rest: torch.device) -> Gradients:
     """The model's gradients, moved to where they wait."""
     gradients = {}
     for name, parameter in model.named_parameters():
-        gradients[name] = parameter.grad.to(rest)
-        parameter.grad = None
+        if parameter.requires_grad:
+            gradients[name] = parameter.grad.to(rest)
+            parameter.grad = None
     gc.collect()
     return gradients
 

@@ -31,6 +31,9 @@ LLAMA = Family(
         "meta-llama/Llama-3.2-1B": _llama3(32.0, width=2048, mlp=8192, layers=16, heads=32, head_width=64, tied=True),
         "meta-llama/Llama-3.2-3B": _llama3(32.0, width=3072, mlp=8192, layers=28, heads=24, head_width=128, tied=True),
         "meta-llama/Llama-3.1-8B": _llama3(8.0, width=4096, mlp=14336, layers=32, heads=32, head_width=128, tied=False),
+        "meta-llama/Llama-3.1-70B": _llama3(
+            8.0, width=8192, mlp=28672, layers=80, heads=64, head_width=128, tied=False
+        ),
         # For loss curves (src/check/convergence.py): some 40 million weights.
         "small-llama": tiny(vocabulary=16384, width=512, mlp=1408, layers=8, heads=8, key_value_heads=4, head_width=64),
         "tiny-llama": tiny(),

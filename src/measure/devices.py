@@ -18,7 +18,7 @@ class CudaRuntime:
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: PyTorch sees no CUDA GPU; --device cpu checks the kernels without one")
         self.device = torch.device("cuda", torch.cuda.current_device())
-        if config.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if config.compute_dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UsageError(f"{torch.cuda.get_device_name()} has no bf16: use --dtype fp16 or fp32")
         if config.memory_limit_gib is not None:
             self._limit(int(config.memory_limit_gib * GIB))

@@ -3,6 +3,7 @@
 Source: PyTorch's notes "CUDA semantics", CUDA graphs, whole-network capture.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -55,10 +56,13 @@ class GraphedStep:
 
 @contextmanager
 def _as_if_running() -> Iterator[None]:
-    """transformers takes capturing for tracing, and would make a mask, with which attention takes a slower kernel."""
-    is_tracing = masking_utils.is_tracing
-    masking_utils.is_tracing = lambda *_: False
-    try:
+    """transformers takes capturing for tracing, and would make a mask, with which attention takes a slower kernel.
+
+    If it did not, it would ask the GPU whether a row holds several sequences, and wait: here each holds one.
+    """
+    instead = {"is_tracing": lambda *_: False, "find_packed_sequence_indices": lambda position_ids: None}
+    with contextlib.ExitStack() as stack:
+        for name, replacement in instead.items():
+            stack.callback(setattr, masking_utils, name, getattr(masking_utils, name))
+            setattr(masking_utils, name, replacement)
         yield
-    finally:
-        masking_utils.is_tracing = is_tracing

@@ -58,7 +58,7 @@ class OffloadExperiment:
         """Let ZeRO say which memory it asks for, and which gradients are ready."""
         optimizer = self.engine.optimizer
         methods = [
-            (_coordinator(optimizer), "_PartitionedParameterCoordinator__all_gather_params", GATHER),
+            (_coordinator(optimizer), "fetch_sub_module", GATHER),
             (optimizer, "reduce_independent_p_g_buckets_and_remove_grads", REDUCE),
             (optimizer, "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads", REDUCE),
         ]

@@ -3,7 +3,8 @@
 Which weights are gathered and when they are let go, what is prefetched, how gradients are reduced and where the
 optimizer works is DeepSpeed's code, run as it is: a prediction follows its version and its configuration. Replaced are
 only the things that DeepSpeed reaches beyond PyTorch's tensors: streams, the exchange with other ranks, and compiled
-updates of host memory. None of them takes memory that PyTorch's allocator would count.
+updates of host memory; and what it does once for each rank (many_ranks.py). None of them takes memory that PyTorch's
+allocator would count.
 
 Rank 0 is simulated. Partitions are rounded up, so no rank holds more.
 """
@@ -18,16 +19,20 @@ from unittest import mock
 
 import torch
 
+from src import overrides
 from src.config import RunConfig
 from src.machine import Gpu
 from src.offload.host_memory import PROCESS_BYTES
+from src.offload.many_ranks import only_own_pieces
 from src.offload_config import OffloadConfig
 from src.predict.fake_gpu import FakeGpu, aten
 from src.predict.fake_machine import FakeMachine
 
 # Of the offloaded records under doc/data/.
 MEASURED_RANKS = 2
-MEASURED_MODELS = ("meta-llama/Llama-3.2-1B-Instruct", "meta-llama/Llama-3.2-1B")
+MEASURED_MODELS = tuple(
+    f"meta-llama/Llama-{name}{suffix}" for name in ("3.2-1B", "3.1-8B") for suffix in ("", "-Instruct")
+)
 
 _EXCHANGES = ["all_reduce", "all_reduce_coalesced", "inference_all_reduce", "reduce", "send", "recv", "barrier"]
 _EXCHANGES += ["reduce_scatter", "reduce_scatter_tensor", "broadcast", "broadcast_object_list", "gather", "scatter"]
@@ -87,7 +92,9 @@ def unchecked(config: OffloadConfig) -> list[str]:
     places = {"weights on the GPU": config.weights_on_cpu, "optimizer on the GPU": config.optimizer_on_cpu}
     found = [] if config.zero_stage == 3 else [f"ZeRO-{config.zero_stage}"]
     found += [name for name, on_cpu in places.items() if not on_cpu]
-    found += [f"{config.world_size} GPUs"] if config.world_size > MEASURED_RANKS else []
+    ranks = f"more than {MEASURED_RANKS}" if config.find_min else config.world_size
+    found += [f"{ranks} GPUs"] if config.find_min or config.world_size > MEASURED_RANKS else []
+    found += ["--ds_override's other values"] if overrides.says_more(config.ds_overrides) else []
     found += ["micro-batches"] if config.gradient_accumulation_steps > 1 else []
     return found if config.model_name in MEASURED_MODELS else [*found, config.model_name]
 
@@ -129,7 +136,7 @@ def _job(rank: SimulatedRank, world_size: int) -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.nn.functional, "linear", torch.nn.functional.linear))
         stack.enter_context(_quiet())
         deepspeed.init_distributed("nccl", verbose=False)
-        for patch in (*_silent_peers(comm.cdb), *_nothing_compiled(), *_sound_gradients()):
+        for patch in (*_silent_peers(comm.cdb), *only_own_pieces(), *_nothing_compiled(), *_sound_gradients()):
             stack.enter_context(patch)
         yield
 

@@ -120,8 +120,8 @@ class FakeGpu(LiveMemory):
         with contextlib.ExitStack() as stack:
             for patch in self._patches():
                 stack.enter_context(patch)
-            # An operation without a shape rule must fail rather than allocate real gigabytes.
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # what a library compiles runs as it is
+            # An operation without a shape rule must fail rather than allocate real gigabytes.
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False))
             stack.enter_context(self)
             yield
@@ -239,6 +239,7 @@ class FakeGpu(LiveMemory):
             "torch.cuda._lazy_init": lambda: None,
             "torch.cuda.device": lambda device: contextlib.nullcontext(),
             "torch.cuda.current_device": lambda: 0,
+            "torch.cuda.is_bf16_supported": lambda including_emulation=True: card.capability[0] >= 8,
             "torch.cuda.get_device_capability": lambda device=None: card.capability,
             "torch.cuda.get_device_properties": lambda device=None: properties,
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
@@ -260,6 +261,28 @@ class FakeGpu(LiveMemory):
             replacements[f"{launcher}.run"] = launch
         for name, replacement in replacements.items():
             yield mock.patch(name, replacement)
+        yield mock.patch.object(torch.nn.Module, "_apply", _convert)
+        yield mock.patch.object(torch.amp.autocast, "__init__", _autocast_of_fakes)
+
+
+def _convert(module: torch.nn.Module, convert: Callable, recurse: bool = True) -> torch.nn.Module:
+    """`Module._apply`, which would exchange fake parameters for others, and cannot while anything else holds them."""
+    for part in module.modules() if recurse else (module,):
+        for parameter in part.parameters(recurse=False):
+            new = convert(parameter.detach())
+            if new.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
+                parameter.data = new
+        for name, buffer in part.named_buffers(recurse=False):
+            part._buffers[name] = convert(buffer)
+    return module
+
+
+_autocast = torch.amp.autocast.__init__
+
+
+def _autocast_of_fakes(self: torch.amp.autocast, device_type: str, *args: Any, **kwargs: Any) -> None:
+    """Autocast as PyTorch dispatches it for fake tensors, which are the CPU's: of what a decoder runs, to the same."""
+    _autocast(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
 
 def _any_value(dtype: torch.dtype) -> bool | int | float:
@@ -282,6 +305,8 @@ def _attention(
     Half precision takes cuDNN's on Hopper and FlashAttention elsewhere; neither makes a length x length tensor. In
     fp32 only the plain formula takes grouped queries (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
     """
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
     half = query.dtype in (torch.float16, torch.bfloat16)
     if half and attn_mask is not None:  # no record says which kernel PyTorch takes then, nor what that needs
         raise UsageError("attention under a mask, as of a sliding window, is not predicted in half precision")

@@ -166,21 +166,8 @@ class FakeMachine(FakeGpu):
         }
         for name, replacement in replacements.items():
             yield mock.patch.object(torch.Tensor, name, replacement)
-        yield mock.patch.object(torch.nn.Module, "_apply", _convert)
         # Fake storages have no data; what compares addresses asks whether two tensors share one.
         yield mock.patch.object(torch.UntypedStorage, "data_ptr", lambda storage: storage._cdata)
-
-
-def _convert(module: torch.nn.Module, convert: Callable, recurse: bool = True) -> torch.nn.Module:
-    """`Module._apply`, which would exchange fake parameters for others, and cannot while anything else holds them."""
-    for part in module.modules() if recurse else (module,):
-        for parameter in part.parameters(recurse=False):
-            new = convert(parameter.detach())
-            if new.untyped_storage()._cdata != parameter.untyped_storage()._cdata:
-                parameter.data = new
-        for name, buffer in part.named_buffers(recurse=False):
-            part._buffers[name] = convert(buffer)
-    return module
 
 
 def _placed(device: Any) -> torch.device:

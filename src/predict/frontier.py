@@ -1,4 +1,7 @@
-"""The largest batch or sequence that fits: predicted anywhere, and measured too where there is a GPU."""
+"""The largest batch or sequence that fits: predicted anywhere, and measured too where there is a GPU.
+
+And the fewest GPUs that a model fits, which are only predicted.
+"""
 
 import dataclasses
 import sys
@@ -17,8 +20,9 @@ from src.record.recorder import Recorder
 from src.record.report import files_written, summary
 from src.utils import GIB, format_bytes, print_rank0
 
-# Sizes are searched in these steps.
+# Sizes are searched in these steps; GPUs in powers of two up to this.
 GRANULARITY = {"batch_size": 1, "seq_length": 128}
+MOST_GPUS = 1024
 
 
 def search(fits: Callable[[int], bool], granularity: int, largest: int) -> int:
@@ -40,6 +44,19 @@ def search(fits: Callable[[int], bool], granularity: int, largest: int) -> int:
     return low * granularity
 
 
+def fewest(fits: Callable[[int], bool], largest: int) -> int:
+    """The smallest power of two up to `largest` for which `fits` holds, 0 if none.
+
+    From below: with too few GPUs memory ends early, so that trying them takes little time.
+    """
+    number = 1
+    while number <= largest:
+        if fits(number):
+            return number
+        number *= 2
+    return 0
+
+
 def largest_size(config: RunConfig) -> int:
     """The bound of the search: tokens that can be counted, and for sequences the model's positions."""
     if config.find_max == "batch_size":
@@ -51,7 +68,7 @@ def largest_size(config: RunConfig) -> int:
 def predicted_frontier(
     config: RunConfig, build: Build, card: Gpu, limit: int, simulate: Simulate | None = None
 ) -> tuple[int, Prediction | None]:
-    """The largest size predicted to fit `card` with `limit` bytes of reserved memory, and its prediction."""
+    """The size or number of GPUs that is searched for, where `card` may reserve `limit` bytes, and its prediction."""
     predictions: dict[int, Prediction] = {}
 
     def fits(size: int) -> bool:
@@ -59,12 +76,15 @@ def predicted_frontier(
             sized = _sized(config, size)
             predictions[size] = predict(sized, build, card=card, limit_bytes=limit, simulate=simulate)
         except SimulatedOutOfMemory:
-            _tell(f"{config.find_max} {size:,}: does not fit")
+            _tell(f"{_name(config)} {size:,}: does not fit")
             return False
-        _tell(f"{config.find_max} {size:,}: fits, peak {format_bytes(predictions[size].peak_bytes)}")
+        _tell(f"{_name(config)} {size:,}: fits, peak {format_bytes(predictions[size].peak_bytes)}")
         return True
 
-    size = search(fits, GRANULARITY[config.find_max], largest_size(config))
+    if config.searched == "world_size":
+        size = fewest(fits, MOST_GPUS)
+    else:
+        size = search(fits, GRANULARITY[config.searched], largest_size(config))
     return size, predictions.get(size)
 
 
@@ -103,7 +123,7 @@ def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], ex
 def main(config: RunConfig, script: Script) -> int:
     """Search, print and record the frontier; returns the exit status."""
     # Engines of several sizes cannot follow each other in one process, so offloaded runs are searched for on fakes.
-    on_gpu = torch.cuda.is_available() and not config.dry_run and script.simulate is None
+    on_gpu = torch.cuda.is_available() and not config.dry_run and script.main_for_many is None
     card = this_gpu() if on_gpu else H100
     limit = limit_bytes(config) or card.memory_bytes - card.context_bytes
     recorder = Recorder(config, "predicted", torch.device("cpu"))
@@ -111,19 +131,24 @@ def main(config: RunConfig, script: Script) -> int:
     with recorder:
         size, prediction = predicted_frontier(config, script.build_experiment, card, limit, script.simulate)
         record.simulated_gpu = card.name
-        record.frontier = Frontier(searched=config.find_max, limit_bytes=limit, predicted=size)
+        record.frontier = Frontier(searched=config.searched, limit_bytes=limit, predicted=size)
         if prediction is None:
-            smallest = _sized(config, GRANULARITY[config.find_max])
             # Raises what does not fit.
-            predict(smallest, script.build_experiment, card=card, limit_bytes=limit, simulate=script.simulate)
+            predict(
+                _sized(config, _easiest(config)),
+                script.build_experiment,
+                card=card,
+                limit_bytes=limit,
+                simulate=script.simulate,
+            )
         prediction.fill(record)
         print_rank0(_summary(config, prediction, card, limit))
         if on_gpu:
             record.frontier.measured = measured_frontier(config, script.main, size)
             print_rank0(f"Measured on this GPU: the largest {config.find_max} that runs is {record.frontier.measured}")
     if record.status == "oom":
-        smallest = f"{config.find_max} {GRANULARITY[config.find_max]}"
-        print_rank0(f"Predicted ({card.name}): not even {smallest} fits {format_bytes(limit)} of allocator memory")
+        easiest = f"{_name(config)} {_easiest(config):,}"
+        print_rank0(f"Predicted ({card.name}): not even {easiest} fits {format_bytes(limit)} of allocator memory")
         print_rank0(summary(record))
     print_rank0(f"\n{files_written(config)}")
     return record.exit_status
@@ -135,14 +160,27 @@ def _tell(line: str) -> None:
 
 
 def _sized(config: RunConfig, size: int) -> RunConfig:
-    return dataclasses.replace(config, **{config.find_max: size})
+    return dataclasses.replace(config, **{config.searched: size})
+
+
+def _name(config: RunConfig) -> str:
+    """What is searched for, as a user calls it."""
+    return "num_gpus" if config.searched == "world_size" else config.searched
+
+
+def _easiest(config: RunConfig) -> int:
+    """What fits if anything does."""
+    return MOST_GPUS if config.searched == "world_size" else GRANULARITY[config.searched]
 
 
 def _summary(config: RunConfig, prediction: Prediction, card: Gpu, limit: int) -> str:
     largest = max(prediction.breakdown, key=prediction.breakdown.__getitem__)
-    size = f"{config.find_max} {getattr(prediction.config, config.find_max)}"
+    size = f"{_name(config)} {getattr(prediction.config, config.searched)}"
+    host = prediction.host_peak_bytes
+    host_words = "" if host is None else f"; host memory of the whole job {format_bytes(host)}"
+    which = "smallest power of two" if config.searched == "world_size" else "largest"
     return (
-        f"Predicted ({card.name}): {size} is the largest that fits {format_bytes(limit)} of allocator memory\n"
+        f"Predicted ({card.name}): {size} is the {which} that fits {format_bytes(limit)} of allocator memory\n"
         f"peak {format_bytes(prediction.peak_bytes)} in the {prediction.phases.phase} phase; "
-        f"largest part: {largest.replace('_', ' ')}, {format_bytes(prediction.breakdown[largest])}"
+        f"largest part: {largest.replace('_', ' ')}, {format_bytes(prediction.breakdown[largest])}{host_words}"
     )

@@ -106,9 +106,9 @@ class Parity(_Typed):
 
 
 class Frontier(_Typed):
-    """The answer of --find_max: the largest size that fits, 0 if none does."""
+    """The answer of --find_max or --find_min: the largest size or the fewest GPUs that fit, 0 if none does."""
 
-    searched: Literal["batch_size", "seq_length"]
+    searched: Literal["batch_size", "seq_length", "world_size"]
     limit_bytes: Bytes
     predicted: int = pydantic.Field(ge=0, lt=2**33)
     measured: int | None = pydantic.Field(None, ge=0, lt=2**33)
@@ -159,7 +159,7 @@ class Record(_Typed):
     phase_peak_bytes: dict[str, Bytes | None] | None = None  # of the same step as the phase
     kernel_check: list[KernelCheck] | None = None  # of an interpreted run
     parity: Parity | None = None
-    frontier: Frontier | None = None  # of --find_max
+    frontier: Frontier | None = None  # of a search
     environment: Environment
     error: Failure | None = None
 
@@ -170,7 +170,7 @@ class Record(_Typed):
 
     @functools.cached_property
     def answered(self) -> RunConfig:
-        """The configuration that the figures are of: of a search, with the largest size that fits."""
+        """The configuration that the figures are of: of a search, with its answer."""
         if self.frontier is None or not self.frontier.predicted:
             return self.run
         return dataclasses.replace(self.run, **{self.frontier.searched: self.frontier.predicted})
@@ -188,7 +188,7 @@ class Record(_Typed):
     @property
     def processes(self) -> int:
         """Processes that took part in the run, one a GPU."""
-        return self.config.get("world_size", 1)
+        return getattr(self.answered, "world_size", 1)
 
     @property
     def exit_status(self) -> int:

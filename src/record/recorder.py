@@ -159,7 +159,7 @@ class Recorder:
     def _add_speed(self, step_seconds: list[float]) -> None:
         record = self.record
         first, latency, third = quartiles(step_seconds)
-        peak = machine.peak_flops(record.environment.gpu, self.config.dtype)
+        peak = machine.peak_flops(record.environment.gpu, self.config.compute_dtype)
         record.step_seconds = step_seconds
         record.latency_s = latency
         record.latency_iqr_s = third - first if len(step_seconds) > 1 else None
@@ -251,8 +251,7 @@ def _record_in(path: Path) -> Record | None:
 
 def check_folders(config: RunConfig) -> None:
     """Make the folders that a run writes to. Raises `UsageError` if it cannot write there."""
-    plans = config.dry_run or config.find_max is not None
-    needed = {"result_dir": True, "snapshot_dir": not config.find_max, "log_dir": not plans}
+    needed = {"result_dir": True, "snapshot_dir": not config.searched, "log_dir": not config.plans}
     for name in (name for name in needed if needed[name]):
         folder = getattr(config, name)
         if not folder and name != "result_dir":

@@ -96,10 +96,12 @@ def summary(record: Record) -> str:
 
 
 def _answer(frontier: Frontier) -> str:
-    """What --find_max found."""
+    """What a search found."""
     measured = "" if frontier.measured is None else f", measured on this GPU: {frontier.measured:,}"
-    room = f"that fits {format_bytes(frontier.limit_bytes)} of allocator memory"
-    return f"Largest {frontier.searched} {room}: {frontier.predicted or 'none'}{measured}"
+    room = f"{format_bytes(frontier.limit_bytes)} of allocator memory"
+    if frontier.searched == "world_size":
+        return f"Fewest GPUs, a power of two, that it fits with {room} each: {frontier.predicted or 'none'}"
+    return f"Largest {frontier.searched} that fits {room}: {frontier.predicted or 'none'}{measured}"
 
 
 def breakdown(record: Record) -> str:

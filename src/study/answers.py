@@ -108,10 +108,10 @@ def short_model(config: RunConfig) -> str:
 
 def setting_words(record: Record) -> str:
     """Model, machine and settings, for a title or a cell."""
-    config: RunConfig = record.run
+    config: RunConfig = record.answered
     words = [short_model(config), config.dtype]
     if record.script == "deepspeed":
-        words.append(f"ZeRO-3 offload, preset {config.preset}")
+        words.append(f"{config.zero}, preset {config.preset}")
     words.append("gradient checkpointing" if config.gradient_checkpointing else "no checkpointing")
     words.append(machine(record))
     if config.memory_limit_gib is not None:

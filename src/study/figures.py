@@ -192,7 +192,10 @@ def _setting_parts(record: Record) -> list[str]:
 def _run_words(record: Record, common: Sequence[str]) -> str:
     """Kernels, sizes, and the settings that not all of its neighbours have, as far as they fit beside a bar."""
     config = record.answered
-    sizes = f"{config.batch_size:,} x {config.seq_length:,}" + (", the largest that fits" if record.frontier else "")
+    sizes = f"{config.batch_size:,} x {config.seq_length:,}"
+    if record.frontier:
+        fewest = record.frontier.searched == "world_size"
+        sizes += f" on {record.processes} GPUs, the fewest that it fits" if fewest else ", the largest that fits"
     own = [word for word in _setting_parts(record) if word not in common]
     return f"{record.title}\n{textwrap.shorten(', '.join([sizes, *own]), _LONGEST_LABEL, placeholder=' …')}"
 

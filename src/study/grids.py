@@ -93,8 +93,14 @@ class Task:
 def grid_axes(words: Sequence[str]) -> list[Axes]:
     """The axes of each part of the grid that `words` name: a grid, and axes over all of it. Raises `UsageError`."""
     if words[0] in GRIDS:
-        axes = grid_axes(words[1:])[0] if words[1:] else {}
-        return [axes | part for part in GRIDS[words[0]]]
+        parts, axes = GRIDS[words[0]], _axes(words[1:])
+        if own := [name for name in axes if any(name in part for part in parts)]:
+            raise UsageError(f"the grid {words[0]} has values of {own[0]} of its own")
+        return [axes | part for part in parts]
+    return [_axes(words)]
+
+
+def _axes(words: Sequence[str]) -> Axes:
     axes: Axes = {}
     for word in words:
         name, separator, values = word.partition("=")
@@ -103,7 +109,7 @@ def grid_axes(words: Sequence[str]) -> list[Axes]:
         if name in axes:
             raise UsageError(f"{name} is given twice")
         axes[name] = values.split(",")
-    return [axes]
+    return axes
 
 
 def strategy_of(word: str) -> dict[str, bool]:

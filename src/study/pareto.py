@@ -151,7 +151,7 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 def changes_numerics(config: RunConfig) -> bool:
     """Whether a run computes anything otherwise than Hugging Face's code in its dtype does."""
     changing = [t for t in TECHNIQUES.values() if t.changes_numerics]
-    plain = dataclasses.replace(config, **{t.name: False if t.is_kernel else t.default for t in changing})
+    plain = dataclasses.replace(config, **{t.name: t.hugging_faces for t in changing})
     plain = dataclasses.replace(plain, **techniques.chosen(plain, ()))  # Gemma 2's eager attention is the usual one
     return any(getattr(config, t.name) != getattr(plain, t.name) for t in changing)
 

@@ -6,17 +6,20 @@ Flags, run names, records, axes of grids, figure legends, kernel checks and dry 
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from src.families import shipped
 from src.techniques.attention import ATTENTION
 from src.techniques.checkpointing import CHECKPOINTING
 from src.techniques.compilation import COMPILATION
-from src.techniques.kernels import KERNELS
+from src.techniques.kernels import KERNELS, lacking
+from src.techniques.lora import LORA
 from src.techniques.losses import LOSSES
 from src.techniques.optimizers import OPTIMIZERS
+from src.techniques.precision import MIXED_PRECISION
 from src.techniques.technique import Config, Model, Technique
 from src.utils import UsageError
 
 # In the order in which they change a model.
-REGISTRY = (*KERNELS, *LOSSES, *CHECKPOINTING, *OPTIMIZERS, ATTENTION, *COMPILATION)
+REGISTRY = (*KERNELS, *LORA, *LOSSES, *CHECKPOINTING, *OPTIMIZERS, ATTENTION, MIXED_PRECISION, *COMPILATION)
 TECHNIQUES: dict[str, Technique] = {t.name: t for t in REGISTRY}
 KERNEL_NAMES = tuple(t.name for t in TECHNIQUES.values() if t.is_kernel)
 
@@ -54,7 +57,7 @@ def title(config: Config) -> str:
 
 def without(config: Config) -> dict[str, Any]:
     """The settings that turn off, in a run, what is compared and what needs it: Hugging Face's own code."""
-    return {t.name: False if t.is_kernel else t.default for t in TECHNIQUES.values() if t.compared or t.needs}
+    return {t.name: t.hugging_faces for t in TECHNIQUES.values() if t.compared or t.needs}
 
 
 def turned_on(config: Config) -> dict[str, Any]:
@@ -64,6 +67,9 @@ def turned_on(config: Config) -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """Raises `UsageError` if what a run turns on cannot be, or would do nothing."""
+    known = shipped(config.model_name)
+    if known is not None and (reason := lacking(config.kernels, known[0])):
+        raise UsageError(reason)
     for technique in TECHNIQUES.values():
         if config.script not in technique.scripts:
             continue
@@ -80,6 +86,8 @@ def check(config: Config) -> None:
 def chosen(config: Config, given: Collection[str]) -> dict[str, Any]:
     """Values of settings that are not among the `given` ones and depend on others."""
     own = {t.name: t.chosen(config) for t in TECHNIQUES.values() if t.name not in given}
+    if config.mixed_precision != "none" and "dtype" not in given:
+        own["dtype"] = "fp32"
     return {name: value for name, value in own.items() if value is not None}
 
 

@@ -36,7 +36,7 @@ def _refusal_of_graph(config: Config) -> str | None:
         return None
     if config.flce or config.loss in ("liger", "cce", "cce_filtered"):
         return "--cuda_graph cannot hold a loss that waits for the GPU: --enable_flce 0, or --loss chunked"
-    if config.dtype == "fp16":
+    if config.compute_dtype == "fp16":
         return "--cuda_graph cannot hold fp16's loss scaler, which waits for the GPU"
     if config.optimizer not in ("adamw_fused", "sgd"):
         return f"--cuda_graph goes with --optimizer adamw_fused or sgd, not {config.optimizer}"

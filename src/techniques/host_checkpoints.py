@@ -38,7 +38,9 @@ class HostCheckpoints:
         with saved_tensors_hooks(self._pack, self._unpack):
             return checkpoint(function, *args, **kwargs)
 
-    def _pack(self, tensor: torch.Tensor) -> _Kept:
+    def _pack(self, tensor: torch.Tensor) -> _Kept | torch.Tensor:
+        if not tensor.numel():
+            return tensor  # PyTorch 2.11 saves an empty one beside the arguments
         last = self._last
         if last is not None:
             if last.before is not None:
@@ -48,7 +50,9 @@ class HostCheckpoints:
         self._last = _Kept(tensor.detach(), tensor.device, last)
         return self._last
 
-    def _unpack(self, kept: _Kept) -> torch.Tensor:
+    def _unpack(self, kept: _Kept | torch.Tensor) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
         if kept.tensor is None:
             self._copy_back(kept)
         self._wait(kept)

@@ -1,13 +1,24 @@
 """The Liger kernels. Off means Hugging Face's own code."""
 
+import inspect
 import sys
+from collections.abc import Collection
 from typing import Any
 
+from src.families import Family
 from src.techniques.technique import Config, Model, Technique
 
 
 def _rotary(model: Model) -> object:
     return sys.modules[type(model).__module__].apply_rotary_pos_emb
+
+
+def lacking(names: Collection[str], family: Family) -> str | None:
+    """Which of these kernels Liger does not have for a family, in one line."""
+    missing = [kernel for kernel in KERNELS if kernel.name in names and kernel.name not in family.liger_switches]
+    if not missing:
+        return None
+    return f"Liger has no {missing[0].name} kernel for {family.model_type} models: --{missing[0].flag} 0"
 
 
 def _tokens_with_labels(config: Config) -> dict[str, int]:
@@ -31,7 +42,7 @@ def _underflow(config: Config) -> str | None:
     Under "mean" it is divided by the number of tokens there, which takes most of it below what fp16 can hold
     (linkedin/Liger-Kernel issue 512).
     """
-    if not (config.flce and config.dtype == "fp16" and config.flce_reduction == "mean"):
+    if not (config.flce and config.compute_dtype == "fp16" and config.flce_reduction == "mean"):
         return None
     return (
         "fp16 with FLCE's mean trains wrongly: gradients are divided by the number of tokens before the loss scale "
@@ -54,9 +65,10 @@ KERNELS = (
     Technique(
         name="swiglu",
         default=True,
-        help="Liger SwiGLU MLP",
+        help="Liger SwiGLU MLP; Gemma's is GeGLU",
         flag="enable_swiglu",
         offload_flag="enable_liger_swiglu",
+        aliases=("enable_geglu",),
         compared=True,
         changes_numerics=True,
         liger_switch="swiglu",
@@ -82,7 +94,7 @@ KERNELS = (
         compared=True,
         changes_numerics=True,
         liger_switch="fused_linear_cross_entropy",
-        implementation=lambda model: model.forward.__func__,
+        implementation=lambda model: inspect.unwrap(model.forward, stop=inspect.ismethod).__func__,
         chosen=lambda config: False if config.loss != "model" else None,
     ),
     Technique(
@@ -107,7 +119,7 @@ KERNELS = (
         changes_numerics=True,
         forward_arguments=_tokens_with_labels,
         warning=_underflow,
-        chosen=lambda config: "sum" if config.flce and config.dtype == "fp16" else None,
+        chosen=lambda config: "sum" if config.flce and config.compute_dtype == "fp16" else None,
     ),
     Technique(
         name="flce_accumulation",

@@ -37,8 +37,8 @@ def _refusal(config: Config) -> str | None:
     package = chosen.library.partition(".")[0]
     if package != "torch" and (reason := missing(package)):
         return f"--optimizer {config.optimizer}: {reason}"
-    if config.dtype == "fp16" and not chosen.settings.get("fused"):
-        return f"--dtype fp16 needs an optimizer that unscales gradients itself, not {config.optimizer}"
+    if config.compute_dtype == "fp16" and not chosen.settings.get("fused"):
+        return f"fp16 needs an optimizer that unscales gradients itself, not {config.optimizer}"
     if config.dtype == "fp32" and config.optimizer == "flash_adamw":
         return "--optimizer flash_adamw keeps what bf16 weights round off: there is nothing to keep in fp32"
     return None
@@ -54,7 +54,7 @@ def _refusal_in_backward(config: Config) -> str | None:
         return None
     if config.gradient_accumulation_steps > 1:
         return "--optimizer_in_backward updates weights after each micro-batch: --gradient_accumulation_steps 1"
-    if config.dtype == "fp16":
+    if config.compute_dtype == "fp16":
         return "--optimizer_in_backward cannot see whether a gradient overflowed before it updates: not with fp16"
     if config.optimizer == "adamw_cpu":
         return "--optimizer adamw_cpu updates weights on the host after the backward pass: not in it"

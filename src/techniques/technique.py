@@ -21,6 +21,7 @@ class Technique:
     tag: str | None = None  # begins its part of the run name; None: it is in the original's own name already
     flag: str | None = None  # the original's spelling, where it is another
     offload_flag: str | None = None  # the same, of the offloaded script
+    aliases: tuple[str, ...] = ()  # other spellings, such as a family's own name for it
     choices: tuple[str, ...] = ()
     bounds: tuple[float, float] | None = None  # smallest and largest value
     needs: tuple[str, ...] = ()  # others that must be on, or a value other than the default would do nothing
@@ -45,6 +46,11 @@ class Technique:
         """Whether a run has it: a switch that is on, or another value than the default."""
         value = getattr(config, self.name)
         return value if isinstance(value, bool) else value != self.default
+
+    @property
+    def hugging_faces(self) -> bool | int | float | str:
+        """The value of a run with Hugging Face's own code."""
+        return False if self.is_kernel else self.default
 
     @property
     def is_kernel(self) -> bool:
