@@ -5,11 +5,11 @@ import statistics
 
 import pytest
 import torch
+import triton
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
 import all_gpu_liger_kernel as script
 from doc import evidence
-from doc.rates import Compared, is_held_out, is_large, rightly_ordered, runs_of
 from src import machine
 from src.machine import GPUS, H100, Gpu
 from src.model_utils import load_model_config
@@ -18,10 +18,12 @@ from src.predict.dry_run import predict
 from src.predict.fake_gpu import FakeGpu
 from src.predict.fake_machine import FakeMachine
 from src.predict.rates import FITTED, rates_asked_for, save
-from src.predict.step_time import step_time
-from src.predict.work import NO_KERNEL, WAIT, Work
+from src.predict.step_time import StepTime, step_time
+from src.predict.work import NO_KERNEL, WAIT, Work, triton_work, work_of
 from src.record.recorder import new_record
 from src.record.report import report
+from src.study.answers import REPEATS
+from src.study.fit_rates import Compared, finished, is_held_out, is_large, rightly_ordered
 from src.utils import UsageError
 from tests.helpers import ALL_KERNELS, tiny_config
 
@@ -113,10 +115,36 @@ def test_gpu_waits_for_launches_and_the_cpu_waits_only_where_it_is_told_to():
     assert step_time([long, triton, NO_KERNEL], rates.without_launches()).seconds == 10
 
 
+def test_checkpointed_operations_keep_the_cpu_busy_for_longer(tiny, prediction):
+    plain = predict(dataclasses.replace(tiny, gradient_checkpointing=False), script.build_experiment)
+    assert not any(work.checkpointed for work in plain.works)
+    own = [work for work in prediction.works if work.checkpointed]
+    assert len(prediction.works) - len(plain.works) < len(own) < len(prediction.works)  # once, and computed again
+    assert FITTED.cpu_seconds(own[0]) > FITTED.cpu_seconds(own[0]._replace(checkpointed=False))
+
+
+@triton.jit
+def _product_of_tiles(a, b):
+    triton.language.dot(a, b)
+
+
+@triton.jit
+def _kernel_that_calls_it(a, b):
+    _product_of_tiles(a, b)
+
+
+def test_where_an_operation_may_do_anything_no_time_is_told():
+    known, unknown = Work("known", "memory"), Work("product", "unknown")
+    assert step_time([known, unknown], FITTED) is None
+    assert triton_work(_kernel_that_calls_it, [], {}).unit == "unknown"
+    scaled = torch.ops.aten._scaled_mm.default
+    assert work_of(scaled, [torch.zeros(2, 2)] * 4, {}, torch.zeros(2, 2)).unit == "unknown"
+
+
 def test_rates_twice_as_high_halve_the_time(prediction):
     flops = {f.name: 2 * getattr(FITTED, f.name) for f in dataclasses.fields(FITTED) if f.name.startswith("attention")}
     products = {dtype: 2 * rate for dtype, rate in FITTED.matmul_flops.items()}
-    seconds = {name: getattr(FITTED, name) / 2 for name in ("kernel_s", "operation_s", "triton_s")}
+    seconds = {name: getattr(FITTED, name) / 2 for name in ("kernel_s", "operation_s", "triton_s", "checkpointed_s")}
     twice = dataclasses.replace(FITTED, matmul_flops=products, memory_bytes=2 * FITTED.memory_bytes, **flops, **seconds)
     assert step_time(prediction.works, twice).seconds == pytest.approx(prediction.step_time.seconds / 2)
 
@@ -136,25 +164,45 @@ def test_a_step_of_which_the_host_does_a_part_is_not_counted():
     assert machine_with_host.end_counting() is None
 
 
-def compared(runs):
-    """Measured runs, each with the committed prediction of its step."""
-    return [Compared(run, "", prediction.predicted_latency_s) for prediction, run in evidence.predictions(runs)]
+@pytest.fixture(scope="module")
+def compared():
+    """Measured runs of many tokens, each with the committed prediction of its step."""
+    places = ("predicted_single_gpu", "predicted_techniques")
+    kept = {record.run_name: record for place in places for record in evidence.folder(place).records}
+    found = []
+    for folder in ("h100_single_gpu", "h100_techniques"):
+        for run in filter(is_large, finished(evidence.folder(folder).records)):
+            p = kept.get(dataclasses.replace(run.run, dry_run=True).run_name)
+            if p is not None:
+                time = StepTime(p.predicted_latency_s, p.predicted_gpu_s, p.predicted_cpu_s)
+                found.append(Compared(run, folder, time))
+    return found
 
 
-def test_measured_steps_of_many_tokens_are_predicted_also_those_that_nothing_was_fitted_to():
-    large = compared(run for run in runs_of(evidence.PREDICTED_RUNS) if is_large(run))
-    for own in (large, [c for c in large if is_held_out(c.run)]):
+def test_steps_of_many_tokens_that_the_gpu_bounds_are_predicted_also_those_that_nothing_was_fitted_to(compared):
+    close = [c for c in compared if c.is_close]
+    for own in (close, [c for c in close if is_held_out(c.run)]):
         errors = [abs(c.error) for c in own]
         assert len(own) >= 8
         assert statistics.median(errors) < 0.02
         assert max(errors) < 0.15
-    named = rightly_ordered(large)
+
+
+def test_steps_that_launches_bound_are_predicted_no_worse_than_the_same_run_repeats(compared):
+    launched = [c for c in compared if not c.is_close]
+    assert len(launched) >= 3
+    assert all(REPEATS[0] <= c.run.latency_s / c.predicted.seconds - 1 <= REPEATS[1] for c in launched)
+
+
+def test_the_faster_of_two_settings_is_named(compared):
+    named = rightly_ordered(compared)
     assert len(named) > 50
     assert sum(named) / len(named) > 0.95
 
 
 def test_committed_predictions_are_those_of_today():
-    run = next(r for r in runs_of(evidence.PREDICTED_RUNS) if r.run.model_name == "tiny-llama" and r.run.kernels)
+    runs = finished(evidence.folder(evidence.PREDICTED_RUNS).records)
+    run = next(r for r in runs if r.run.model_name == "tiny-llama" and r.run.kernels)
     ((kept, _),) = evidence.predictions([run])
     assert predict(run.run, script.build_experiment).step_time.seconds == pytest.approx(kept.predicted_latency_s)
 

@@ -183,6 +183,7 @@ def measured_rates(sizes: Sizes, device: str, name: str) -> "Rates":
         kernel_s=kernel_seconds(sizes, device),
         operation_s=FITTED.operation_s * slowness,
         triton_s=FITTED.triton_s * slowness,
+        checkpointed_s=FITTED.checkpointed_s * slowness,
     )
 
 

@@ -105,7 +105,7 @@ class Prediction:
 
     @property
     def step_time(self) -> StepTime | None:
-        """What the step takes; None where its work or the GPU's rates are not known."""
+        """What the step takes; None where an operation's work or the GPU's rates are not known."""
         return None if self.works is None or self.rates is None else step_time(self.works, self.rates)
 
     def fill(self, record: Record) -> None:

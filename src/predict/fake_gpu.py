@@ -183,7 +183,11 @@ class FakeGpu(LiveMemory):
 
     def _note_work(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         if self.works is not None and (work := work_of(func, args, kwargs, result)) is not None:
-            self.works.append(work)
+            self._append(work)
+
+    def _append(self, work: Work) -> None:
+        has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        self.works.append(work._replace(checkpointed=True) if has_hooks else work)
 
     def allocate(self, count: int, func: Callable | None) -> Piece:
         block = super().allocate(count, func)
@@ -250,7 +254,7 @@ class FakeGpu(LiveMemory):
         def launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
             """A launch writes to memory that its caller allocated, so leaving it out changes no peak."""
             if self.works is not None:
-                self.works.append(triton_work(kernel, args, kwargs))
+                self._append(triton_work(kernel, args, kwargs))
 
         for launcher in (
             "triton.runtime.jit.JITFunction",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.machine import GPUS, H100, Gpu
+from src.machine import GPUS, H100, Gpu, gpu_named
 from src.model_utils import TORCH_DTYPES
 from src.predict.work import Work
 from src.utils import UsageError, first_line
@@ -31,6 +31,7 @@ class Rates:
     kernel_s: float  # from the end of one kernel until the next one works
     operation_s: float  # of the CPU, for each operation of PyTorch's, with the Python code around it
     triton_s: float  # of the CPU, for each launch of a Triton kernel, with the Python code around it
+    checkpointed_s: float  # of the CPU, more for each of them in a part that is checkpointed, or computed again
 
     def seconds(self, work: Work) -> float:
         """How long the GPU works on an operation."""
@@ -41,7 +42,8 @@ class Rates:
 
     def cpu_seconds(self, work: Work) -> float:
         """How long the CPU is busy with an operation; a wait is none."""
-        return {"triton": self.triton_s, "wait": 0.0}.get(work.unit, self.operation_s)
+        own = {"triton": self.triton_s, "wait": 0.0}.get(work.unit, self.operation_s)
+        return own + self.checkpointed_s if work.checkpointed else own
 
     def _flops(self, work: Work) -> float:
         """FLOP/s. A dtype that has no rate of its own, such as fp64, is taken to be as slow as fp32."""
@@ -53,20 +55,21 @@ class Rates:
 
     def without_launches(self) -> "Rates":
         """Of a step that is one CUDA graph: the CPU launches it at once."""
-        return dataclasses.replace(self, operation_s=0.0, triton_s=0.0)
+        return dataclasses.replace(self, operation_s=0.0, triton_s=0.0, checkpointed_s=0.0)
 
 
-# By doc/rates.py, which says how far off these predictions are.
+# By src/study/fit_rates.py, which says how far off these predictions are.
 FITTED = Rates(
     gpu=H100.name,
     source="fitted to steps measured on an H100",
-    matmul_flops={"bf16": 671e12, "fp16": 671e12, "fp32": 47.3e12},
-    attention_flops=470e12,
-    attention_backward_flops=409e12,
-    memory_bytes=2.51e12,
-    kernel_s=2.7e-6,
-    operation_s=19e-6,
-    triton_s=117e-6,
+    matmul_flops={"bf16": 673e12, "fp16": 673e12, "fp32": 47.3e12},
+    attention_flops=485e12,
+    attention_backward_flops=401e12,
+    memory_bytes=2.47e12,
+    kernel_s=2.3e-6,
+    operation_s=15.4e-6,
+    triton_s=105e-6,
+    checkpointed_s=8.9e-6,
 )
 
 
@@ -97,9 +100,10 @@ def rates_asked_for(name: str | None, card: Gpu) -> Rates | None:
     """The rates that --gpu_rates names, a GPU or a file of src/predict/calibrate.py; without it those of `card`."""
     if name is None:
         return of_card(card)
-    if name in GPUS:
-        return of_card(GPUS[name])
-    return load(Path(name))
+    try:
+        return of_card(gpu_named(name))
+    except UsageError:
+        return load(Path(name))
 
 
 def save(rates: Rates, path: Path) -> None:
@@ -111,16 +115,10 @@ def load(path: Path) -> Rates:
     """Read them back. Raises `UsageError` if the file has none."""
     try:
         rates = Rates(**json.loads(path.read_text(encoding="utf-8")))
-        numbers = [*rates.matmul_flops.values(), rates.attention_flops, rates.attention_backward_flops]
-        numbers += [
-            rates.memory_bytes,
-            rates.kernel_s,
-            rates.operation_s,
-            *(rates.matmul_flops[d] for d in TORCH_DTYPES),
-        ]
-        if not all(number > 0 for number in numbers):
+        single = [value for name, value in vars(rates).items() if name not in ("gpu", "source", "matmul_flops")]
+        if not all(number > 0 for number in [*single, *(rates.matmul_flops[dtype] for dtype in TORCH_DTYPES)]):
             raise ValueError("every rate must be more than 0")
         return rates
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        known = ", ".join(GPUS)
+        known = ", ".join(gpu.word for gpu in GPUS.values())
         raise UsageError(f"--gpu_rates {path}: no file of rates ({first_line(error)}), nor one of: {known}") from error

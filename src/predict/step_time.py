@@ -26,10 +26,15 @@ class StepTime:
         return "gpu" if self.gpu_s >= self.cpu_s else "launches"
 
 
-def step_time(works: Iterable[Work], rates: Rates) -> StepTime:
-    """The time of a step that consists of `works`, from an idle GPU until it is idle again."""
+def step_time(works: Iterable[Work], rates: Rates) -> StepTime | None:
+    """The time of a step that consists of `works`, from an idle GPU until it is idle again.
+
+    None if it is not known what one of them asks for.
+    """
     cpu = gpu = gpu_s = cpu_s = 0.0
     for work in works:
+        if work.unit == "unknown":
+            return None
         if work.unit == "wait":
             cpu = max(cpu, gpu)
             continue

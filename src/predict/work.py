@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.utils.flop_counter import flop_registry
 
 from src.predict.live_memory import tensors_in
 
 aten = torch.ops.aten
 # What an operation is, as far as its time depends on it. "memory" and "triton" are bound by the bytes they move; "none"
-# launches no kernel; in "wait" the CPU waits until the GPU has done everything before.
-Unit = Literal["matmul", "attention", "attention_backward", "memory", "triton", "none", "wait"]
+# launches no kernel; in "wait" the CPU waits until the GPU has done everything before; "unknown" has arithmetic that
+# nobody counts here, so that no time follows.
+Unit = Literal["matmul", "attention", "attention_backward", "memory", "triton", "none", "wait", "unknown"]
 
 
 class Work(NamedTuple):
@@ -30,6 +32,7 @@ class Work(NamedTuple):
     dtype: torch.dtype | None = None
     flops: int = 0
     moved_bytes: int = 0
+    checkpointed: bool = False  # Python handles each tensor that autograd keeps of it, as in a checkpointed layer
 
 
 NO_KERNEL, WAIT = Work("no kernel", "none"), Work("wait", "wait")
@@ -68,8 +71,8 @@ def _schema(func: Any) -> _Schema:
 
 
 def work_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Work | None:
-    """What PyTorch's operation `func` asked for; None if it only looked at a tensor's description."""
-    if func.namespace == "prim":
+    """What PyTorch's operation `func` asked for; None if it only looked at a tensor's description or named a part."""
+    if func.namespace in ("prim", "profiler"):
         return None
     schema = _schema(func)
     if not schema.has_kernel:
@@ -84,7 +87,9 @@ def work_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: A
         return _product(schema.name, values[_PRODUCTS[schema.name] :], moved)
     if schema.name.startswith("_scaled_dot_product"):
         return _attention(schema, values, moved)
-    return Work(schema.name, "memory", moved_bytes=moved)
+    # What a library registers may do anything; PyTorch lists those of its own that multiply matrices.
+    is_unknown = func.namespace != "aten" or func.overloadpacket in flop_registry
+    return Work(schema.name, "unknown" if is_unknown else "memory", moved_bytes=moved)
 
 
 def unique_bytes(tensor: torch.Tensor) -> int:
@@ -122,7 +127,21 @@ def triton_work(kernel: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         for name, tensor in {**dict(zip(traffic, args)), **kwargs}.items()
         if isinstance(tensor, torch.Tensor)
     )
-    return Work(kernel.__name__, "triton", moved_bytes=moved)
+    return Work(kernel.__name__, "unknown" if _multiplies(kernel) else "triton", moved_bytes=moved)
+
+
+@functools.cache
+def _multiplies(kernel: Callable) -> bool:
+    """Whether a Triton kernel, or one that it calls, multiplies matrices, whose sizes its tensors do not tell.
+
+    Without a source it may.
+    """
+    nodes = list(ast.walk(_parsed(kernel)))
+    if any(isinstance(node, ast.Attribute) and node.attr.startswith("dot") for node in nodes):
+        return True
+    names = {node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    called = [getattr(kernel.__globals__.get(name), "fn", None) for name in names]
+    return len(nodes) == 1 or any(_multiplies(other) for other in called if other is not None)
 
 
 @functools.cache
@@ -130,8 +149,7 @@ def _traffic(kernel: Callable) -> dict[str, int]:
     """Of each argument of a Triton kernel, in their order: 2 if it is read and written, else 1.
 
     Found in the source: what it loads from and stores to, followed through the assignments that make one pointer of
-    another. An argument that it does neither with goes to a function of its own: counted once, as are all of a kernel
-    whose source is in no file.
+    another. An argument that it does neither with goes to a function of its own: counted once.
     """
     names = list(inspect.signature(kernel).parameters)
     roots: dict[str, set[str]] = {name: {name} for name in names}
