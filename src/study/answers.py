@@ -188,17 +188,18 @@ def parities(found: Iterable[Record]) -> Parities:
     known: Parities = {}
     for record in found:
         if record.parity is not None:
-            known[_numerics(record.run)] = max(known.get(_numerics(record.run), record.parity), record.parity, key=_off)
+            known[numerics(record.run)] = max(known.get(numerics(record.run), record.parity), record.parity, key=_off)
     return known
 
 
 def with_parity(record: Record, known: Parities) -> Record:
     """The record, with the parity of another one where it has none of its own."""
-    parity = known.get(_numerics(record.run))
+    parity = known.get(numerics(record.run))
     return record if record.parity is not None or parity is None else record.model_copy(update={"parity": parity})
 
 
-def _numerics(config: RunConfig) -> tuple[str, str, tuple]:
+def numerics(config: RunConfig) -> tuple[str, str, tuple]:
+    """What gradients depend on: runs that are alike in it have the same parity."""
     techniques = tuple(getattr(config, t.name) for t in TECHNIQUES.values() if t.changes_numerics)
     return config.model_name, config.dtype, techniques
 
