@@ -13,6 +13,7 @@ from doc import evidence
 from src import machine
 from src.machine import GPUS, H100, Gpu
 from src.model_utils import load_model_config
+from src.offload.simulated import one_gpu
 from src.predict import calibrate
 from src.predict.dry_run import predict
 from src.predict.fake_gpu import FakeGpu
@@ -25,7 +26,7 @@ from src.record.report import report
 from src.study.answers import REPEATS
 from src.study.fit_rates import Compared, finished, is_held_out, is_large, rightly_ordered
 from src.utils import UsageError
-from tests.helpers import ALL_KERNELS, tiny_config
+from tests.helpers import ALL_KERNELS, HUGGING_FACE, tiny_config
 
 TOKENS, WIDTH = 64, 32
 BYTES = 2 * TOKENS * WIDTH  # of a tensor of that shape in 16 bits
@@ -139,6 +140,21 @@ def test_where_an_operation_may_do_anything_no_time_is_told():
     assert triton_work(_kernel_that_calls_it, [], {}).unit == "unknown"
     scaled = torch.ops.aten._scaled_mm.default
     assert work_of(scaled, [torch.zeros(2, 2)] * 4, {}, torch.zeros(2, 2)).unit == "unknown"
+
+
+def test_captured_step_has_no_launches_and_one_that_copies_to_the_host_no_time(tiny):
+    losses = {"flce": False, "loss": "chunked", "gradient_checkpointing": False}
+    graph = predict(dataclasses.replace(tiny, cuda_graph=True, **losses), script.build_experiment).step_time
+    assert (graph.cpu_s, graph.seconds) == (0, pytest.approx(graph.gpu_s))
+    on_host = dataclasses.replace(tiny, checkpoint_offload="overlapped")
+    assert predict(on_host, script.build_experiment, simulate=one_gpu).step_time is None
+
+
+def test_autocast_multiplies_in_16_bits_what_is_kept_in_32(tiny):
+    mixed = dataclasses.replace(tiny, dtype="fp32", mixed_precision="bf16", **HUGGING_FACE)
+    products = [work for work in predict(mixed, script.build_experiment).works if work.unit == "matmul"]
+    in_16_bits = sum(work.flops for work in products if work.dtype is torch.bfloat16)
+    assert in_16_bits > 0.95 * sum(work.flops for work in products)  # the rotary table is made in 32
 
 
 def test_rates_twice_as_high_halve_the_time(prediction):
