@@ -81,6 +81,8 @@ def _imports(config: RunConfig) -> Iterator[str]:
     if config.lora_rank:
         yield "from peft import LoraConfig, get_peft_model"
     yield "from transformers import AutoModelForCausalLM, Trainer, TrainingArguments"
+    if _liger_by_hand(config):
+        yield "from transformers.integrations.liger import apply_liger_kernel"
     if config.checkpoint_part == "mlp":
         yield "from torch.utils.checkpoint import checkpoint"
     if config.mlp_tiles > 1:
@@ -102,15 +104,27 @@ def _model(config: RunConfig) -> Iterator[str]:
     yield f'model = AutoModelForCausalLM.from_pretrained("{config.model_name}", dtype=torch.{dtype})'
 
 
+def _liger_by_hand(config: RunConfig) -> bool:
+    """Whether Liger's kernels must be there before something else is put on top of them.
+
+    The Trainer puts them into the model only as it begins to train, and would overwrite that.
+    """
+    return bool(config.kernels) and (config.flce_chunks > 1 or config.mlp_tiles > 1 or config.checkpoint_part == "mlp")
+
+
 def _before_trainer(config: RunConfig) -> Iterator[str]:
     if config.lora_rank:
         yield _LORA.format(rank=config.lora_rank, alpha=config.lora_alpha)
     if config.loss == "chunked":
         yield _CHUNKED.format(chunks=config.loss_chunks)
+    if _liger_by_hand(config):
+        yield f"apply_liger_kernel(model, {_switches(config)})"
     if config.mlp_tiles > 1:
         yield _TILED.format(tiles=config.mlp_tiles)
     if config.checkpoint_part == "mlp":
         yield _MLP
+    if config.flce_chunks > 1:
+        yield f"model.forward = functools.partial(model.forward, chunk_mem_const={config.flce_chunks})"
     if config.checkpoint_offload == "overlapped":
         yield _ON_HOST
 
@@ -122,7 +136,7 @@ def _trainer(config: RunConfig) -> Iterator[str]:
     yield "    max_grad_norm=0.0,  # clipping is no part of the prediction"
     optimizer = {"adamw_fused": "adamw_torch_fused", "adafactor": "adafactor"}[config.optimizer]
     yield f'    optim="{optimizer}",'
-    if config.kernels:
+    if config.kernels and not _liger_by_hand(config):
         yield "    use_liger_kernel=True,"
         yield f"    liger_kernel_config={_switches(config)},"
     if config.gradient_checkpointing and (config.checkpoint_part, config.checkpoint_offload) == ("layer", "none"):
@@ -141,9 +155,6 @@ def _switches(config: RunConfig) -> str:
 
 
 def _after_trainer(config: RunConfig) -> Iterator[str]:
-    if config.flce_chunks > 1:
-        chunks = f"functools.partial(model.forward, chunk_mem_const={config.flce_chunks})"
-        yield f"model.forward = {chunks}  # the Trainer has no switch for it"
     if config.optimizer_in_backward:
         yield _IN_BACKWARD.format(optimizer=_OPTIMIZERS[config.optimizer])
     if config.cuda_graph:

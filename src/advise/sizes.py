@@ -17,6 +17,7 @@ from src.predict.frontier import GRANULARITY
 FAR = 64  # times the given size
 ROUNDS = 5  # of two sizes each, for the choice that reaches furthest
 FIRST_GUESSES = (0.95, 0.99)  # of what is expected; the others get the first of them alone
+LESS = 0.93  # of a size that did not fit
 
 
 class SizeSearch:
@@ -34,7 +35,7 @@ class SizeSearch:
         self._try([(choice, far) for choice in self._choices()])
         expected = {choice: self._expected(own[far]) for choice, own in self._found.items()}
         furthest = max(expected, key=expected.__getitem__)
-        others = [(choice, int(FIRST_GUESSES[0] * size)) for choice, size in expected.items() if choice != furthest]
+        others = {choice: FIRST_GUESSES[0] * size for choice, size in expected.items() if choice != furthest}
         self._narrow(furthest, expected[furthest], others)
         without = [choice for choice, own in self._found.items() if not any(o.fits for o in own.values())]
         self._try([(choice, self._given) for choice in without])
@@ -53,8 +54,8 @@ class SizeSearch:
         size = getattr(far.config, self.request.searched)
         return max(int(size * (self.request.limit_bytes - resident) / max(far.peak_bytes - resident, 1)), 0)
 
-    def _narrow(self, choice: Choice, expected: int, others: Sequence[tuple[Choice, int]]) -> None:
-        """Close in on the limit of a choice; the first round takes the others along."""
+    def _narrow(self, choice: Choice, expected: int, others: dict[Choice, float]) -> None:
+        """Close in on the limit of a choice; takes the others along until they fit."""
         for _ in range(ROUNDS):
             own = self._found[choice]
             low = max((size for size, outcome in own.items() if outcome.fits), default=0)
@@ -63,8 +64,8 @@ class SizeSearch:
                 break
             sizes = {self._rounded(size) for size in self._next(low, high, expected)}
             pair = sorted(size for size in sizes if low < size < high) or [low + self._step]
-            self._try([*((choice, size) for size in pair), *((c, self._rounded(size)) for c, size in others)])
-            others = []
+            self._try([*((choice, size) for size in pair), *((c, self._rounded(size)) for c, size in others.items())])
+            others = {c: LESS * size for c, size in others.items() if not self._best(self._found[c]).fits}
 
     def _next(self, low: int, high: int, expected: int) -> tuple[float, float]:
         """Two sizes to try between one that fits, or 0, and one that does not."""
