@@ -1,7 +1,8 @@
 """The longest sequences, or the largest batch, that fit: one size far beyond, then around where it points.
 
 Memory grows in proportion to the tokens of a step, beside what is always there. How much of it the allocator cannot use
-is not known before: so what is expected is tried, and the limit is closed in on from both sides.
+is not known before: so what is expected is tried, and the limit is closed in on from both sides, for a few rounds: the
+answer was seen to fit, and is about the largest.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from src.model_utils import load_model_config
 from src.predict.frontier import GRANULARITY
 
 FAR = 64  # times the given size
-ROUNDS = 5  # of two sizes each, for the choice that reaches furthest
+ROUNDS = 4  # of two sizes each, for the choice that reaches furthest
 FIRST_GUESSES = (0.95, 0.99)  # of what is expected; the others get the first of them alone
 LESS = 0.93  # of a size that did not fit
 
