@@ -75,6 +75,8 @@ def _plans(config: RunConfig, given: Mapping[str, Any]) -> bool:
     """Whether a dry run or a search is asked for: they plan for a GPU, whether there is one or not."""
     if config.gpu_memory_gib is not None and not config.plans:
         raise UsageError("--gpu_memory_gib is for --dry_run and searches; --memory_limit_gib caps a measured run")
+    if config.gpu_rates is not None and not config.plans:
+        raise UsageError("--gpu_rates is for --dry_run and searches: a run shows how fast it is")
     if "world_size" in given and not config.plans:
         raise UsageError("--num_gpus is for --dry_run and searches; a run has as many as its launcher starts")
     return config.plans

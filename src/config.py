@@ -96,6 +96,11 @@ class RunConfig(Techniques):
     gpu_memory_gib: float | None = option(
         None, "memory of the card that a dry run must fit into", tag="gpu", bounds=(1e-6, 2**20)
     )
+    gpu_rates: str | None = option(
+        None,
+        "GPU whose speed a dry run takes: a name in src/machine.py, or a file of python -m src.predict.calibrate",
+        tag="rates",
+    )
     find_max: str | None = option(None, "search the largest that fits", tag="max", choices=SEARCHED)
     pretrained: bool = option(False, "load the real weights, not random ones", tag="pretrained")
     seed: int = option(42, "of weights and tokens", tag="seed", bounds=(0, 2**63 - 1))

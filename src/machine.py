@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from src.utils import MIB
+from src.utils import GIB, MIB, UsageError
 
 
 @dataclass(frozen=True)
@@ -27,31 +27,53 @@ class Gpu:
     # Dense peak of the units that a training step runs on, FLOP/s by dtype: NVIDIA's data sheets and architecture white
     # papers. fp32 without TF32, as PyTorch multiplies by default. None: not known, so there is no MFU.
     peak_flops: Mapping[str, float] | None = None
+    memory_bytes_per_s: float | None = None  # NVIDIA's data sheet
     memory_bytes: int | None = None  # as PyTorch reports it; None where we have seen none
     # What the CUDA context and loaded libraries take before the allocator gets any: the driver's view less what PyTorch
     # reserved, in the records under doc/data/. Taken to be the H100's where nothing was measured.
     context_bytes: int = 767 * MIB
+    word: str = ""  # what it is called on a command line
+    sheet_gib: int | None = None  # memory by the data sheet, of which the driver keeps some
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """What PyTorch would report as its memory, of a GPU that nobody asked: the share that an H100 has of its 80."""
+        if self.memory_bytes is not None or self.sheet_gib is None:
+            return self.memory_bytes
+        return int(self.sheet_gib * GIB * H100.memory_bytes / (H100.sheet_gib * GIB))
 
 
 _HOPPER = {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 66.9e12}
 _A100 = {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}
 
-H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, _HOPPER, memory_bytes=85017493504)
+H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, _HOPPER, 3.35e12, memory_bytes=85017493504, word="h100", sheet_gib=80)
+_H100_PCIE = {"bf16": 756e12, "fp16": 756e12, "fp32": 51.2e12}
+_RTX_4090 = {"bf16": 165.2e12, "fp16": 165.2e12, "fp32": 82.6e12}
+_RTX_3090 = {"bf16": 71e12, "fp16": 71e12, "fp32": 35.6e12}
 
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
         H100,
-        Gpu("NVIDIA H100 PCIe", (9, 0), 114, {"bf16": 756e12, "fp16": 756e12, "fp32": 51.2e12}),
-        Gpu("NVIDIA H200", (9, 0), 132, _HOPPER, memory_bytes=150109880320),
-        Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, _A100),
-        Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, _A100),
-        Gpu("NVIDIA A100-PCIE-40GB", (8, 0), 108, _A100),
-        Gpu("NVIDIA A100 80GB PCIe", (8, 0), 108, _A100),
-        Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, {"bf16": 165.2e12, "fp16": 165.2e12, "fp32": 82.6e12}),
-        Gpu("NVIDIA GeForce RTX 3090", (8, 6), 82, {"bf16": 71e12, "fp16": 71e12, "fp32": 35.6e12}),
+        Gpu("NVIDIA H100 PCIe", (9, 0), 114, _H100_PCIE, 2e12, word="h100-pcie", sheet_gib=80),
+        Gpu("NVIDIA H200", (9, 0), 132, _HOPPER, 4.8e12, memory_bytes=150109880320, word="h200"),
+        Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, _A100, 1.555e12, word="a100-40gb", sheet_gib=40),
+        Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, _A100, 2.039e12, word="a100", sheet_gib=80),
+        Gpu("NVIDIA A100-PCIE-40GB", (8, 0), 108, _A100, 1.555e12, word="a100-pcie-40gb", sheet_gib=40),
+        Gpu("NVIDIA A100 80GB PCIe", (8, 0), 108, _A100, 1.935e12, word="a100-pcie", sheet_gib=80),
+        Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, _RTX_4090, 1.008e12, word="rtx4090", sheet_gib=24),
+        Gpu("NVIDIA GeForce RTX 3090", (8, 6), 82, _RTX_3090, 0.936e12, word="rtx3090", sheet_gib=24),
     )
 }
+
+
+def gpu_named(name: str) -> Gpu:
+    """The GPU that a user means: by the word for it, however it is written, or its full name. Raises `UsageError`."""
+    plain = "".join(c for c in name.lower() if c.isalnum())
+    for gpu in GPUS.values():
+        if plain in ("".join(c for c in known.lower() if c.isalnum()) for known in (gpu.word, gpu.name)):
+            return gpu
+    raise UsageError(f"unknown GPU {name[:60]!r}: one of {', '.join(gpu.word for gpu in GPUS.values())}")
 
 
 def peak_flops(gpu: str | None, dtype: str) -> float | None:

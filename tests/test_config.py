@@ -101,7 +101,7 @@ def test_configuration_survives_json(cls, data):
 def test_every_flag_sets_its_field_and_no_other(cls, data):
     without_flag = (
         cls.without_flag
-        | {"gpu_memory_gib"}
+        | {"gpu_memory_gib", "gpu_rates"}
         | {t.name for t in TECHNIQUES.values() if cls.script not in t.scripts and t.name != "optimizer"}
     )
     values = {k: v for k, v in data.draw(some_fields(cls)).items() if k not in without_flag}

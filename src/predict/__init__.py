@@ -1,1 +1,1 @@
-"""Predicting, without a GPU: a model of PyTorch's allocator, a GPU that is not there, the dry run, the largest fit."""
+"""Predicting, without a GPU: a model of PyTorch's allocator, a GPU that is not there, the dry run, its step's time."""

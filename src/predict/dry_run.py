@@ -1,7 +1,8 @@
 """The experiment on a GPU that is not there: what its peak will be, what the peak is made of, and whether it fits.
 
 The script's own `build_experiment` and step run on fake tensors (see fake_gpu.py), so a prediction follows every
-change of the experiment. Nothing is computed: there are no times, and no loss.
+change of the experiment. Nothing is computed: there is no loss, and the time of the step is what its operations would
+take at the rates of a GPU (see rates.py).
 """
 
 import contextlib
@@ -24,7 +25,10 @@ from src.machine import H100, Gpu
 from src.measure import PhasePeaks, measure_phases
 from src.model_utils import flops_per_step, implementations, patched
 from src.predict.fake_gpu import FakeGpu
+from src.predict.rates import Rates, rates_asked_for
 from src.predict.simulated_snapshot import simulated_snapshot
+from src.predict.step_time import StepTime, step_time
+from src.predict.work import Work
 from src.record import Record
 from src.record.recorder import Recorder
 from src.utils import GIB, UsageError, aligned_table, format_bytes, print_rank0
@@ -85,6 +89,8 @@ class Prediction:
     host_peak_bytes: int | None  # of the whole job; None: not simulated
     breakdown: dict[str, int]  # category -> bytes at the peak; sums to peak_bytes
     model_flops: int
+    works: list[Work] | None  # what the step asks of the GPU; None: not counted, as part of it is on the host
+    rates: Rates | None  # of the GPU; None: not known
     implementations: dict[str, str]
     gpu: FakeGpu = field(repr=False)
     experiment: Experiment = field(repr=False)  # while it lives, so does its memory on `gpu`
@@ -96,6 +102,11 @@ class Prediction:
     def peak_bytes(self) -> int:
         """Peak allocated."""
         return max(self.phases.peak_bytes.values())
+
+    @property
+    def step_time(self) -> StepTime | None:
+        """What the step takes; None where an operation's work or the GPU's rates are not known."""
+        return None if self.works is None or self.rates is None else step_time(self.works, self.rates)
 
     def fill(self, record: Record) -> None:
         """Put the prediction into a record; what was not simulated stays None."""
@@ -110,6 +121,10 @@ class Prediction:
         record.peak_phase = self.phases.phase
         record.peak_breakdown = self.breakdown
         record.breakdown_peak_bytes = self.peak_bytes
+        if (time := self.step_time) is not None:
+            record.predicted_latency_s, record.predicted_bound = time.seconds, time.bound
+            record.predicted_gpu_s, record.predicted_cpu_s = time.gpu_s, time.cpu_s
+            record.predicted_rates = self.rates.source
 
 
 def predict(
@@ -151,6 +166,7 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
     # The weights' values do not matter, so they are never loaded, and no network is used.
     config = dataclasses.replace(config, pretrained=False, dry_run=True)
     gpu.allocator.refused = None
+    rates = _rates(config, gpu.card)
     experiment = build(config, runtime)
     if not experiment.steps_before:
         gpu.load_peak_bytes = runtime.peak_bytes()[0]
@@ -169,7 +185,9 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
 
         return attribution.step(enter_phase)
 
+    gpu.begin_counting()
     phases = measure_phases(step, runtime, lambda: None)
+    works = gpu.end_counting()
     return Prediction(
         config=config,
         load_peak_bytes=gpu.load_peak_bytes,
@@ -178,12 +196,19 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
         host_peak_bytes=gpu.host_peak_bytes(),
         breakdown=timeline(simulated_snapshot(gpu, first_event)).breakdown(),
         model_flops=flops_per_step(experiment.model, config),
+        works=works,
+        rates=rates,
         implementations=implementations(experiment.model),
         gpu=gpu,
         experiment=experiment,
         first_event=first_event,
         refused=gpu.allocator.refused,
     )
+
+
+def _rates(config: RunConfig, card: Gpu) -> Rates | None:
+    own = rates_asked_for(config.gpu_rates, card)
+    return own.without_launches() if own is not None and config.cuda_graph else own
 
 
 @contextlib.contextmanager
@@ -281,7 +306,7 @@ def many(configs: Iterable[RunConfig], script: Script) -> None:
 
 
 def forecast(config: RunConfig, script: Script, variants: Mapping[str, Mapping[str, object]]) -> str:
-    """A table of what `config` would need with each variant's settings in place of its own, side by side."""
+    """A table of what a step of `config` would need and take with each variant's settings in place of its own."""
     configs = {name: dataclasses.replace(config, **own) for name, own in variants.items()}
     build, simulate = script.build_experiment, script.simulate
     predictions = {name: predict(own, build, simulate=simulate) for name, own in configs.items()}
@@ -290,4 +315,7 @@ def forecast(config: RunConfig, script: Script, variants: Mapping[str, Mapping[s
         rows.append((category.replace("_", " "), *(format_bytes(p.breakdown[category]) for p in predictions.values())))
     rows.append(("peak memory", *(format_bytes(p.peak_bytes) for p in predictions.values())))
     rows.append(("in the phase", *(p.phases.phase for p in predictions.values())))
+    times = [prediction.step_time for prediction in predictions.values()]
+    if None not in times:
+        rows.append(("step, predicted", *(f"{time.seconds * 1e3:,.1f} ms" for time in times)))
     return aligned_table(rows)

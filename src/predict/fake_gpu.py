@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from src.machine import H100, Gpu
 from src.predict.allocator import CachingAllocator, Piece
 from src.predict.live_memory import LiveMemory
+from src.predict.work import WAIT, Work, triton_work, work_of
 from src.utils import UsageError
 
 aten = torch.ops.aten
@@ -82,6 +83,9 @@ _TEMPORARIES: dict[Callable, Callable[..., list[int]]] = {
     aten._scaled_dot_product_flash_attention_backward.default: _flash_attention_backward_bytes,
 }
 
+# The CPU goes on only once the GPU has done everything before.
+_WAITING = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default}
+
 _MATMULS = {aten.mm.default, aten.mm.out, aten.bmm.default, aten.addmm.default, aten.addmm.out, aten.baddbmm.default}
 
 
@@ -113,6 +117,7 @@ class FakeGpu(LiveMemory):
         self.allocations: dict[Piece, Allocation] = {}  # of the live blocks
         self.record_frames = False
         self.load_peak_bytes = 0  # while what runs was built
+        self.works: list[Work] | None = None  # what operations ask of the GPU, in their order; None: not counted
         self._module = ""
         self._inside_operation = False
         self._workspaces: set[bool] = set()  # cuBLAS keeps one for the main thread and one for autograd's
@@ -133,6 +138,15 @@ class FakeGpu(LiveMemory):
         """Host memory that the whole job has taken at most; None: not simulated."""
         return None
 
+    def begin_counting(self) -> None:
+        """From now on, note what operations ask of the GPU."""
+        self.works = []
+
+    def end_counting(self) -> list[Work] | None:
+        """What they asked for since then; None: not counted."""
+        works, self.works = self.works, None
+        return works
+
     def set_label(self, label: str) -> None:
         """Who asks for memory from now on: "module|operation"."""
         self._module = label.partition("|")[0]
@@ -151,12 +165,15 @@ class FakeGpu(LiveMemory):
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in _WAITING and self.works is not None:
+            self.works.append(WAIT)
         if func is aten._local_scalar_dense.default:
             return _any_value(args[0].dtype)
         if func is aten.equal.default:
             return True
-        if func is aten._fused_sgd_.default:
-            return None  # works in place; PyTorch has no shape rule for it
+        if func is aten._fused_sgd_.default:  # works in place; PyTorch has no shape rule for it
+            self._note_work(func, args, kwargs or {}, None)
+            return None
         if func is aten.nonzero.default:  # as if every element counted: no result is larger
             func, args = aten.new_empty.default, (args[0], (args[0].numel(), args[0].dim()))
             kwargs = {"dtype": torch.int64}
@@ -169,7 +186,16 @@ class FakeGpu(LiveMemory):
         finally:
             self._inside_operation = inside
         self._take_temporaries(func, args)
+        self._note_work(func, args, kwargs, result)
         return result
+
+    def _note_work(self, func: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
+        if self.works is not None and (work := work_of(func, args, kwargs, result)) is not None:
+            self._append(work)
+
+    def _append(self, work: Work) -> None:
+        has_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        self.works.append(work._replace(checkpointed=True) if has_hooks else work)
 
     def allocate(self, count: int, func: Callable | None) -> Piece:
         block = super().allocate(count, func)
@@ -234,14 +260,19 @@ class FakeGpu(LiveMemory):
             "torch.is_autocast_enabled": lambda device_type="cuda": _autocast_is_enabled("cpu"),
             "torch.get_autocast_dtype": lambda device_type="cuda": _autocast_dtype("cpu"),
         }
-        # A kernel launch writes to memory its caller allocated, so leaving it out changes no peak.
+
+        def launch(kernel: Any, *args: Any, **kwargs: Any) -> None:
+            """A launch writes to memory that its caller allocated, so leaving it out changes no peak."""
+            if self.works is not None:
+                self._append(triton_work(kernel, args, kwargs))
+
         for launcher in (
             "triton.runtime.jit.JITFunction",
             "triton.runtime.interpreter.InterpretedFunction",
             "triton.runtime.autotuner.Autotuner",
             "triton.runtime.autotuner.Heuristics",
         ):
-            replacements[f"{launcher}.run"] = lambda *_args, **_kwargs: None
+            replacements[f"{launcher}.run"] = launch
         for name, replacement in replacements.items():
             yield mock.patch(name, replacement)
         yield mock.patch.object(torch.nn.Module, "_apply", _convert)

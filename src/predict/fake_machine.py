@@ -73,6 +73,9 @@ class FakeMachine(FakeGpu):
         self._destination: torch.device | None = None  # of a tensor that is being moved
         self._pinning = False
 
+    def begin_counting(self) -> None:
+        """Not counted: what the host does, and what is copied meanwhile, has no rates."""
+
     def place_of(self, tensor: torch.Tensor) -> torch.device:
         """Where the bytes of `tensor` are."""
         return self._places.get(tensor.untyped_storage()._cdata, _CPU)

@@ -142,6 +142,12 @@ class Record(_Typed):
     model_flops_per_step: int | None = None
     mfu: Rate | None = None
     mfu_peak_flops: float | None = None  # the peak that mfu is relative to, of all GPUs
+    # Of a prediction: how long a step would take. What was measured is above, so that none is taken for the other.
+    predicted_latency_s: Seconds | None = None
+    predicted_gpu_s: float | None = pydantic.Field(None, ge=0, lt=1e9)  # what the GPU works in it
+    predicted_cpu_s: float | None = pydantic.Field(None, ge=0, lt=1e9)  # what the CPU works to launch that
+    predicted_bound: Literal["gpu", "launches"] | None = None  # which of the two has more to do
+    predicted_rates: str | None = None  # where the rates of the GPU come from
     floor_s: Seconds | None = None  # under offloading: no step can be faster on this machine, see src/offload/floor.py
     floor: dict[str, float] | None = None  # what the floor is made of
     losses: list[float | None] | None = None

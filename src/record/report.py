@@ -164,6 +164,8 @@ def _figures(record: Record) -> str:
         rows.append(("Peak memory reserved", format_bytes(record.peak_reserved_bytes), "by PyTorch's allocator"))
     if record.latency_s is not None:
         rows += _speed_rows(record)
+    if record.predicted_latency_s is not None:
+        rows += _predicted_speed_rows(record)
     if record.host_peak_bytes is not None:
         rows.append(("Host memory peak", format_bytes(record.host_peak_bytes), ""))
     if record.predicted_host_bytes is not None:
@@ -194,6 +196,17 @@ def _speed_rows(record: Record) -> list[tuple[str, str, str]]:
     if peak is None:
         return [*rows, ("MFU", "n/a", "no data-sheet peak known for this GPU")]
     return [*rows, ("MFU", f"{record.mfu:.1%}", f"of {peak / 1e12:,.0f} TFLOP/s (data sheet, dense)")]
+
+
+def _predicted_speed_rows(record: Record) -> list[tuple[str, str, str]]:
+    seconds = record.predicted_latency_s
+    parts = f"GPU {record.predicted_gpu_s * 1e3:,.1f} ms, CPU {record.predicted_cpu_s * 1e3:,.1f} ms"
+    if record.predicted_bound == "launches":
+        parts += ": bound by launches, which differ from run to run"
+    return [
+        ("Latency, predicted", f"{seconds * 1e3:,.1f} ms", parts),
+        ("Throughput, predicted", f"{record.answered.tokens_per_step / seconds:,.0f} tokens/s", record.predicted_rates),
+    ]
 
 
 def _oom_summary(error: Failure) -> str:

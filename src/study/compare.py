@@ -31,6 +31,7 @@ FIGURES: dict[str, tuple[Callable[[Record], float | None], Callable[[float], str
     "memory used on the card": (lambda r: r.device_used_bytes, format_bytes),
     "host memory peak": (lambda r: r.host_peak_bytes, format_bytes),
     "step, median": (lambda r: r.latency_s, lambda seconds: f"{seconds * 1e3:,.2f} ms"),
+    "step, predicted": (lambda r: r.predicted_latency_s, lambda seconds: f"{seconds * 1e3:,.1f} ms"),
     "step, IQR within the run": (lambda r: r.latency_iqr_s, lambda seconds: f"{seconds * 1e3:,.2f} ms"),
     "throughput": (lambda r: r.throughput_tokens_per_s, lambda rate: f"{rate:,.0f} tokens/s"),
     "MFU": (lambda r: r.mfu, lambda share: f"{share:.1%}"),

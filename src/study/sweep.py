@@ -200,4 +200,6 @@ def outcome(record: Record) -> str:
     peak, speed = record.peak_memory_bytes, record.throughput_tokens_per_s
     words = [] if peak is None else [f"peak {peak / GIB:,.2f} GiB"]
     words += [] if speed is None else [f"{speed:,.0f} tokens/s"]
+    step = record.predicted_latency_s
+    words += [] if step is None else [f"{step * 1e3:,.1f} ms a step (predicted)"]
     return ", ".join(words) or record.mode

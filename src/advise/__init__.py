@@ -1,0 +1,1 @@
+"""What to turn on for a model, a GPU and a batch, found by dry runs: nothing here needs a GPU."""

@@ -1,0 +1,64 @@
+"""What to turn on when you train a model on a GPU, and what it costs and saves: predicted, on any machine.
+
+    python -m src.advise --model_name meta-llama/Llama-3.2-1B --gpu rtx4090 --batch_size 8 --seq_length 1024
+    python -m src.advise --model_name meta-llama/Llama-3.1-8B --gpu h100 --batch_size 4 --seq_length 2048 --goal fit
+    python -m src.advise --model_name Qwen/Qwen3-4B --gpu a100 --batch_size 1 --seq_length 4096 --goal longest
+    python -m src.advise ... --measure     # on the GPU: runs the first three, and says how far off predictions were
+
+Tries out, in dry runs, what can help where memory and time are bound; takes about half a minute. Parity is how far
+gradients were from fp32's on record, relative to Hugging Face's code in the same dtype.
+"""
+
+import argparse
+import sys
+
+from src import program
+from src.advise.request import GOALS, request
+from src.config import DTYPES
+
+
+def _parsed() -> argparse.Namespace:
+    parser = program.Parser(
+        prog="python -m src.advise",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model_name", required=True, help="Hub id with a shipped shape, or a local folder")
+    parser.add_argument("--gpu", required=True, help="such as h100, a100-40gb, rtx4090")
+    parser.add_argument("--gpu_memory_gib", type=float, help="its memory, where it is another than the usual")
+    parser.add_argument("--batch_size", type=int, required=True, help="sequences a step")
+    parser.add_argument("--seq_length", type=int, required=True, help="tokens a sequence")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and states (default: %(default)s)")
+    goals = "; ".join(f"{name}: {words}" for name, words in GOALS.items())
+    parser.add_argument("--goal", choices=GOALS, default="speed", help=f"{goals} (default: %(default)s)")
+    parser.add_argument("--measure", action="store_true", help="run the first three choices here, on a GPU")
+    return parser.parse_args()
+
+
+def _run() -> int:
+    arguments = vars(_parsed())
+    measure = arguments.pop("measure")
+    asked = request(**arguments)
+    if measure:
+        from src.advise.measured import check_gpu
+
+        check_gpu()
+    # Imported here, so that --help and mistakes need not wait for PyTorch.
+    from src.advise.answer import answer
+    from src.advise.ranking import shipped_parities
+    from src.advise.report import report
+
+    known = shipped_parities()
+    found = answer(asked, known, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    print(report(found, known))
+    if measure and found.ranked:
+        from src.advise.measured import measure_first, measured_report
+
+        print(f"\n{measured_report(measure_first(found))}")
+    return 0 if found.ranked else 3
+
+
+if __name__ == "__main__":
+    program.begin()
+    sys.exit(program.guarded(_run))

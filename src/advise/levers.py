@@ -1,0 +1,80 @@
+"""What advice is made of: levers, and choices that pull several of them. Needs no torch.
+
+No lever trains wrongly: FLCE's mean in fp16, Cut Cross-Entropy in bf16 and fp8 are none. What no dry run can tell the
+memory and the time of is none either: `UNPREDICTED` names it.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Any
+
+from src.techniques import kernels_only
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One thing to turn on."""
+
+    name: str
+    values: Mapping[str, Any] = field(hash=False)
+    effort: int  # how much a user changes for it; they are added up
+    training: str = ""  # how it trains, where that is not what was asked for: no gain of speed makes up for it
+
+
+CHECKPOINTING = Lever("gradient checkpointing", {"gradient_checkpointing": True}, 1)
+MLP_CHECKPOINTING = Lever("checkpointing of the MLPs", {"gradient_checkpointing": True, "checkpoint_part": "mlp"}, 2)
+EVERY_SECOND = Lever("every second layer checkpointed", {"gradient_checkpointing": True, "checkpoint_every": 2}, 2)
+LARGER_CHUNKS = Lever("FLCE chunks of 16 inputs", {"flce_chunks": 16}, 1)
+CHUNKED_LOSS = Lever("chunked loss in PyTorch", {"loss": "chunked", "loss_chunks": 16}, 2)
+CUDA_GRAPH = Lever("CUDA graph", {"cuda_graph": True}, 2)
+IN_BACKWARD = Lever("optimizer in the backward pass", {"optimizer_in_backward": True}, 2)
+ON_HOST = Lever("checkpoints on the host", {"gradient_checkpointing": True, "checkpoint_offload": "overlapped"}, 2)
+TILED_MLP = Lever("tiled MLPs", {"mlp_tiles": 4}, 2)
+ADAFACTOR = Lever("Adafactor", {"optimizer": "adafactor"}, 2, "another optimizer")
+# The repository's other script: weights, gradients and optimizer states in host memory, with gradient checkpointing.
+OFFLOAD = Lever("ZeRO-3 offload (DeepSpeed)", {"offloaded": True}, 4)
+LORA = Lever("LoRA", {"lora_rank": 16}, 2, "adapters only")
+
+# What may be better still, but no dry run can tell.
+UNPREDICTED = (
+    "torch.compile of each layer (--compile layers), 8-bit and 4-bit optimizers (--optimizer adamw_8bit), and fp8 "
+    "products, which are other numbers than bf16's (--fp8 1)"
+)
+
+
+def liger(kernels: Collection[str]) -> Lever:
+    """Those of Liger's kernels that a model can have."""
+    name = "Liger kernels" if "flce" in kernels else "Liger kernels w/o FLCE"
+    return Lever(name, kernels_only(*kernels), 1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Levers that are pulled together."""
+
+    levers: tuple[Lever, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return " + ".join(lever.name for lever in self.levers) or "nothing (Hugging Face's code)"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The settings."""
+        return reduce(lambda found, lever: found | dict(lever.values), self.levers, {})
+
+    @property
+    def effort(self) -> int:
+        """How much a user changes."""
+        return sum(lever.effort for lever in self.levers)
+
+    @property
+    def training(self) -> str:
+        """How it trains, where that is not what was asked for."""
+        return ", ".join(lever.training for lever in self.levers if lever.training)
+
+    def has(self, lever: Lever) -> bool:
+        """Whether a lever is among them."""
+        return lever in self.levers

@@ -1,0 +1,161 @@
+"""The lines to copy: this repository's command, and the same for Hugging Face's Trainer or plain PyTorch."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Iterator
+
+from src import families
+from src.config import RunConfig, flag_of
+from src.techniques import KERNEL_NAMES
+
+# What a command need not say: that it is a dry run, for which card, and where.
+_LEFT_OUT = ("dry_run", "device", "gpu_memory_gib")
+_SCRIPTS = {"all_gpu": ("python", "all_gpu_liger_kernel.py"), "deepspeed": ("bash", "run_ds.sh")}
+_DEEPSPEED = """\
+# The Trainer takes a configuration of DeepSpeed's: stage 3, offload_param and offload_optimizer to the CPU.
+# What this repository's script hands over, with its faster Adam, is in src/ds_utils.py."""
+_GRAPH = """\
+# The Trainer cannot capture a step; this repository's GraphedStep can, in a loop of your own:
+from src.measure.graph import GraphedStep
+step = GraphedStep(step, on_capture=lambda peak_bytes: None)  # step(mark) runs one step and returns its loss"""
+_IN_BACKWARD = """\
+def update(weight, optimizer):
+    optimizer.step()
+    optimizer.zero_grad()
+for weight in model.parameters():  # instead of the Trainer's optimizer, and without clipping: a loop of your own
+    own = {optimizer}
+    weight.register_post_accumulate_grad_hook(functools.partial(update, optimizer=own))"""
+_OPTIMIZERS = {
+    "adamw_fused": "torch.optim.AdamW([weight], lr=learning_rate, fused=True)",
+    "adafactor": "torch.optim.Adafactor([weight], lr=learning_rate)",
+}
+_MLP = """\
+for layer in model.model.layers:
+    layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, use_reentrant=False)"""
+_TILED = """\
+for layer in model.model.layers:
+    whole = layer.mlp.forward
+    layer.mlp.forward = functools.partial(
+        apply_tiled_mlp, lambda _, x, whole=whole: whole(x), layer.mlp,
+        num_shards={tiles}, compute_params=list(layer.mlp.parameters()),
+    )"""
+_ON_HOST = """\
+keep = functools.partial(HostCheckpoints().call, use_reentrant=False)
+model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+for layer in model.model.layers:
+    layer._gradient_checkpointing_func = keep"""
+_LORA = """\
+model = get_peft_model(model, LoraConfig(r={rank}, lora_alpha={alpha}, target_modules="all-linear"))"""
+_CHUNKED = """\
+model.forward = MethodType(forward_with(chunked, {{"chunks": {chunks}}}), model)  # it takes input_ids and labels"""
+
+
+def command(config: RunConfig) -> str:
+    """What measures a run here."""
+    return shlex.join(words(config))
+
+
+def words(config: RunConfig) -> list[str]:
+    """The same, word by word: the script, and the flags of what differs from its defaults."""
+    found = list(_SCRIPTS[config.script])
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if value != config.usual(f) and f.name not in _LEFT_OUT:
+            found += [f"--{flag_of(f)}", str(int(value) if isinstance(value, bool) else value)]
+    return found
+
+
+def python(config: RunConfig) -> str:
+    """The same for the Trainer, as far as it has switches, and plain PyTorch beside it."""
+    if config.script == "deepspeed":
+        return _DEEPSPEED
+    before = list(_before_trainer(config))
+    return "\n".join([*_imports(config), "", *_model(config), *before, *_trainer(config), *_after_trainer(config)])
+
+
+def _imports(config: RunConfig) -> Iterator[str]:
+    if _uses_functools(config):
+        yield "import functools"
+    yield "import torch"
+    if config.lora_rank:
+        yield "from peft import LoraConfig, get_peft_model"
+    yield "from transformers import AutoModelForCausalLM, Trainer, TrainingArguments"
+    if _liger_by_hand(config):
+        yield "from transformers.integrations.liger import apply_liger_kernel"
+    if config.checkpoint_part == "mlp":
+        yield "from torch.utils.checkpoint import checkpoint"
+    if config.mlp_tiles > 1:
+        yield "from liger_kernel.ops import apply_tiled_mlp"
+    if config.checkpoint_offload == "overlapped":
+        yield "from src.techniques.host_checkpoints import HostCheckpoints  # of this repository"
+    if config.loss == "chunked":
+        yield "from types import MethodType"
+        yield "from src.techniques.loss_functions import chunked, forward_with  # of this repository"
+
+
+def _uses_functools(config: RunConfig) -> bool:
+    own = config.checkpoint_part == "mlp" or config.mlp_tiles > 1 or config.checkpoint_offload != "none"
+    return own or config.flce_chunks > 1 or config.optimizer_in_backward
+
+
+def _model(config: RunConfig) -> Iterator[str]:
+    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.dtype]
+    yield f'model = AutoModelForCausalLM.from_pretrained("{config.model_name}", dtype=torch.{dtype})'
+
+
+def _liger_by_hand(config: RunConfig) -> bool:
+    """Whether Liger's kernels must be there before something else is put on top of them.
+
+    The Trainer puts them into the model only as it begins to train, and would overwrite that.
+    """
+    return bool(config.kernels) and (config.flce_chunks > 1 or config.mlp_tiles > 1 or config.checkpoint_part == "mlp")
+
+
+def _before_trainer(config: RunConfig) -> Iterator[str]:
+    if config.lora_rank:
+        yield _LORA.format(rank=config.lora_rank, alpha=config.lora_alpha)
+    if config.loss == "chunked":
+        yield _CHUNKED.format(chunks=config.loss_chunks)
+    if _liger_by_hand(config):
+        yield f"apply_liger_kernel(model, {_switches(config)})"
+    if config.mlp_tiles > 1:
+        yield _TILED.format(tiles=config.mlp_tiles)
+    if config.checkpoint_part == "mlp":
+        yield _MLP
+    if config.flce_chunks > 1:
+        yield f"model.forward = functools.partial(model.forward, chunk_mem_const={config.flce_chunks})"
+    if config.checkpoint_offload == "overlapped":
+        yield _ON_HOST
+
+
+def _trainer(config: RunConfig) -> Iterator[str]:
+    yield "arguments = TrainingArguments("
+    yield '    output_dir="out",'
+    yield f"    per_device_train_batch_size={config.batch_size},"
+    yield "    max_grad_norm=0.0,  # clipping is no part of the prediction"
+    optimizer = {"adamw_fused": "adamw_torch_fused", "adafactor": "adafactor"}[config.optimizer]
+    yield f'    optim="{optimizer}",'
+    if config.kernels and not _liger_by_hand(config):
+        yield "    use_liger_kernel=True,"
+        yield f"    liger_kernel_config={_switches(config)},"
+    if config.gradient_checkpointing and (config.checkpoint_part, config.checkpoint_offload) == ("layer", "none"):
+        yield "    gradient_checkpointing=True,"
+        yield '    gradient_checkpointing_kwargs={"use_reentrant": False},'
+    yield ")"
+    yield f"trainer = Trainer(model=model, args=arguments, train_dataset=...)  # of {config.seq_length} tokens each"
+
+
+def _switches(config: RunConfig) -> str:
+    """Liger's own names of the kernels, and its cross-entropy off: alone it is for models that make logits."""
+    known = families.shipped(config.model_name)
+    names = known[0].liger_switches if known else families.FAMILIES["llama"].liger_switches
+    switches = {names[kernel]: getattr(config, kernel) for kernel in KERNEL_NAMES if kernel in names}
+    return json.dumps(switches | {"cross_entropy": False}).replace("true", "True").replace("false", "False")
+
+
+def _after_trainer(config: RunConfig) -> Iterator[str]:
+    if config.optimizer_in_backward:
+        yield _IN_BACKWARD.format(optimizer=_OPTIMIZERS[config.optimizer])
+    if config.cuda_graph:
+        yield _GRAPH

@@ -1,0 +1,93 @@
+"""The first choices of an advice, measured on the GPU that is here, beside what was predicted."""
+
+import dataclasses
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from src import machine
+from src.advise import lines
+from src.advise.outcomes import Outcome
+from src.advise.ranking import Advice
+from src.config import RunConfig
+from src.record import Record, load
+from src.utils import GIB, UsageError, aligned_table
+
+FIRST = 3
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Measured(NamedTuple):
+    """A choice, and the record of its run; None: it left none."""
+
+    outcome: Outcome
+    record: Record | None
+
+    @property
+    def time_error(self) -> float | None:
+        """Of the predicted step, relative."""
+        if self.record is None or self.record.latency_s is None or self.outcome.seconds is None:
+            return None
+        return self.outcome.seconds / self.record.latency_s - 1
+
+    @property
+    def memory_error(self) -> float | None:
+        """Of the predicted peak, relative."""
+        if self.record is None or self.record.peak_memory_bytes is None:
+            return None
+        return self.outcome.peak_bytes / self.record.peak_memory_bytes - 1
+
+
+def check_gpu() -> None:
+    """Raises `UsageError` if there is no GPU to measure on."""
+    if not machine.has_gpu():
+        raise UsageError("measuring needs a GPU, and there is none here: without --measure all is predicted")
+
+
+def run_here(config: RunConfig) -> Record | None:
+    """Run it as a program of its own. Returns its record."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, result_dir=folder, snapshot_dir="", log_dir="")
+        program, *words = lines.words(config)
+        words = [sys.executable if program == "python" else program, *words]
+        subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
+        found = list(Path(folder).glob("*.json"))
+        return load(found[0]) if found else None
+
+
+def measure_first(advice: Advice, run: Callable[[RunConfig], Record | None] = run_here) -> list[Measured]:
+    """The first choices, measured one after the other, under the memory that was asked about."""
+    limit_gib = advice.request.limit_bytes / GIB
+    here = [dataclasses.replace(o.config, dry_run=False, memory_limit_gib=limit_gib) for o in advice.pareto[:FIRST]]
+    return [Measured(outcome, run(config)) for outcome, config in zip(advice.pareto, here)]
+
+
+def measured_report(found: list[Measured]) -> str:
+    """Predicted and measured figures side by side."""
+    gpus = sorted({own.record.environment.gpu for own in found if own.record is not None} - {None})
+    header = ["measured here", "peak GiB", "predicted", "off", "ms a step", "predicted", "off"]
+    table = aligned_table([header, *map(_row, found)], "lrrrrrr")
+    return f"{table}\n\nMeasured on: {', '.join(gpus) or 'nothing ran'}"
+
+
+def _row(own: Measured) -> list[str]:
+    record, outcome = own.record, own.outcome
+    peak = None if record is None else record.peak_memory_bytes
+    time = None if record is None else record.latency_s
+    status = "" if record is not None and record.status == "ok" else " (out of memory)" if record else " (failed)"
+    return [
+        outcome.choice.name + status,
+        "" if peak is None else f"{peak / GIB:.2f}",
+        f"{outcome.peak_bytes / GIB:.2f}",
+        _percent(own.memory_error),
+        "" if time is None else f"{time * 1e3:,.1f}",
+        "not known" if outcome.seconds is None else f"{outcome.seconds * 1e3:,.1f}",
+        _percent(own.time_error),
+    ]
+
+
+def _percent(error: float | None) -> str:
+    return "" if error is None else f"{error:+.1%}"

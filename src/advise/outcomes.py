@@ -1,0 +1,93 @@
+"""What a dry run says of one choice, and the processes in which dry runs work side by side."""
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from src import machine
+from src.advise.levers import Choice
+from src.config import RunConfig
+from src.machine import Gpu
+from src.predict.dry_run import predict
+from src.study import grids
+from src.utils import UsageError
+
+MOST_PROCESSES = 6
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A choice on one GPU. Everything is predicted."""
+
+    choice: Choice
+    config: RunConfig
+    fits: bool
+    peak_bytes: int
+    phase: str  # that the peak is in
+    breakdown: dict[str, int]  # category -> bytes at the peak
+    seconds: float | None  # of a step; None: no dry run can tell
+    bound: str | None  # "gpu" or "launches"
+    host_bytes: int | None = None  # of the whole job; None: nothing of it is kept on the host
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The speed."""
+        return self.seconds and self.config.tokens_per_step / self.seconds
+
+    @property
+    def largest_part(self) -> str:
+        """The category that has most of the peak."""
+        return max(self.breakdown, key=self.breakdown.__getitem__)
+
+
+Trial = tuple[Choice, RunConfig]
+# Says what dry runs show, in the order of the trials; of a choice that cannot be predicted, why.
+Evaluate = Callable[[Sequence[Trial]], list[Outcome | UsageError]]
+
+
+def outcome(trial: Trial, card: Gpu, limit_bytes: int) -> Outcome:
+    """One dry run. Raises `UsageError` if the choice cannot be."""
+    choice, config = trial
+    script = grids.script(config.script)
+    found = predict(
+        config, script.build_experiment, card=card, limit_bytes=limit_bytes, simulate=script.simulate, strict=False
+    )
+    time = found.step_time
+    return Outcome(
+        choice=choice,
+        config=config,
+        fits=found.refused is None,
+        peak_bytes=found.peak_bytes,
+        phase=found.phases.phase,
+        breakdown=found.breakdown,
+        seconds=time and time.seconds,
+        bound=time and time.bound,
+        host_bytes=found.host_peak_bytes,
+    )
+
+
+@contextlib.contextmanager
+def side_by_side(card: Gpu, limit_bytes: int) -> Iterator[Evaluate]:
+    """What evaluates trials in a few processes, forked from this one, which has imported everything."""
+    grids.script("all_gpu")
+    torch.set_num_threads(1)  # nothing is computed
+    fork = multiprocessing.get_context("fork")
+    count = min(machine.usable_cores(), MOST_PROCESSES)
+    with concurrent.futures.ProcessPoolExecutor(count, mp_context=fork) as pool:
+
+        def evaluate(trials: Sequence[Trial]) -> list[Outcome | UsageError]:
+            running = [pool.submit(outcome, trial, card, limit_bytes) for trial in trials]
+            return list(map(_result, running))
+
+        yield evaluate
+
+
+def _result(running: concurrent.futures.Future) -> Outcome | UsageError:
+    try:
+        return running.result()
+    except UsageError as error:
+        return error

@@ -1,0 +1,95 @@
+"""Advice in words: what binds, the choices worth taking, why the first is first, and lines to copy."""
+
+from src.advise import lines
+from src.advise.levers import UNPREDICTED
+from src.advise.outcomes import Outcome
+from src.advise.ranking import Advice, Known, parity_of, why
+from src.advise.request import GOALS, Request
+from src.predict.rates import of_card
+from src.study.pareto import changes_numerics
+from src.utils import GIB, aligned_table
+
+_RATES_UNKNOWN = "the speed of this GPU is not known here, so no time is predicted"
+
+
+def report(advice: Advice, known: Known) -> str:
+    """The whole answer."""
+    parts = [_head(advice.request), *_binding(advice)]
+    if not advice.ranked:
+        least = advice.least
+        return "\n\n".join([*parts, f"Nothing fits: {least.choice.name} takes least, {_gib(least)} GiB (predicted)."])
+    first = advice.ranked[0]
+    parts += [_table(advice, known), why(advice)]
+    if first.choice.training:
+        parts.append(f"It trains otherwise than asked: {first.choice.training}.")
+    parts += [f"Here:\n\n{lines.command(first.config)}", f"In your program:\n\n{lines.python(first.config)}"]
+    return "\n\n".join([*parts, f"Not predicted, so not ranked: {UNPREDICTED}."])
+
+
+def _head(request: Request) -> str:
+    base, card = request.base, request.card
+    model = base.model_name.rsplit("/")[-1]
+    rates = of_card(card)
+    source = _RATES_UNKNOWN if rates is None else f"times by {rates.source}"
+    return (
+        f"{model}, {base.batch_size} x {base.seq_length:,} tokens, {base.dtype}, on an {card.name} with "
+        f"{request.limit_bytes / GIB:.1f} GiB for PyTorch. Wanted: {GOALS[request.goal]}.\n"
+        f"All figures are predicted ({source})."
+    )
+
+
+def _binding(advice: Advice) -> list[str]:
+    first = advice.ranked[0] if advice.ranked else None
+    named = [("Hugging Face's code as it is", advice.plain), ("the first choice", first)]
+    rows = [f"What binds {name}: {binding(o)}." for name, o in named if o is not None]
+    return ["\n".join(rows)] if rows else []
+
+
+def binding(outcome: Outcome) -> str:
+    """The phase and the category of its peak, and whether the GPU or launching takes the time."""
+    part = outcome.largest_part
+    share = outcome.breakdown[part] / outcome.peak_bytes
+    memory = f"{_gib(outcome)} GiB in the {outcome.phase} phase, {share:.0%} of it {part.replace('_', ' ')}"
+    time = {"gpu": "the GPU's work", "launches": "launching from the CPU", None: "not known"}[outcome.bound]
+    fits = "" if outcome.fits else ", which does not fit"
+    return f"memory, {memory}{fits}; time, {time}"
+
+
+def _table(advice: Advice, known: Known) -> str:
+    header = ["", "what to turn on", "batch x seq", "peak GiB", "ms a step", "tokens/s", "numbers", "parity", "needs"]
+    rows = [[str(i), *_row(o, known)] for i, o in enumerate(advice.pareto, start=1)]
+    plain = advice.plain
+    if plain is not None and plain not in advice.pareto:
+        rows.append(["" if plain.fits else "does not fit", *_row(plain, known)])
+    return aligned_table([header, *rows], "llrrrrlrl")
+
+
+def _row(outcome: Outcome, known: Known) -> list[str]:
+    config, parity = outcome.config, parity_of(outcome.config, known)
+    speed = outcome.tokens_per_s
+    return [
+        outcome.choice.name,
+        f"{config.batch_size} x {config.seq_length}",
+        _gib(outcome),
+        "not known" if speed is None else f"{outcome.seconds * 1e3:,.1f}",
+        "" if speed is None else f"{speed:,.0f}",
+        outcome.choice.training or ("rounded otherwise" if changes_numerics(config) else "the same"),
+        "" if parity is None or parity.ratio is None else f"{parity.ratio:.2f}",
+        ", ".join(needed(outcome)),
+    ]
+
+
+def needed(outcome: Outcome) -> list[str]:
+    """The libraries beside PyTorch and transformers, and memory beside the GPU's."""
+    config = outcome.config
+    wanted = {
+        "liger-kernel": config.kernels or config.mlp_tiles > 1,
+        "peft": config.lora_rank,
+        "deepspeed": config.script == "deepspeed",
+    }
+    host = [] if outcome.host_bytes is None else [f"{outcome.host_bytes / GIB:.0f} GiB of host memory"]
+    return [*(name for name, is_needed in wanted.items() if is_needed), *host]
+
+
+def _gib(outcome: Outcome) -> str:
+    return f"{outcome.peak_bytes / GIB:.2f}"

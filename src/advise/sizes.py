@@ -1,0 +1,104 @@
+"""The longest sequences, or the largest batch, that fit: one size far beyond, then around where it points.
+
+Memory grows in proportion to the tokens of a step, beside what is always there. How much of it the allocator cannot use
+is not known before: so what is expected is tried, and the limit is closed in on from both sides, for a few rounds: the
+answer was seen to fit, and is about the largest.
+"""
+
+from collections.abc import Callable, Sequence
+
+from src.advise.levers import CHECKPOINTING, IN_BACKWARD, ON_HOST, TILED_MLP, Choice, liger
+from src.advise.outcomes import Evaluate, Outcome
+from src.advise.request import Request
+from src.advise.search import kernels_of, told, trial_of
+from src.config import MAX_TOKENS
+from src.model_utils import load_model_config
+from src.predict.frontier import GRANULARITY
+
+FAR = 64  # times the given size
+ROUNDS = 4  # of two sizes each, for the choice that reaches furthest
+FIRST_GUESSES = (0.95, 0.99)  # of what is expected; the others get the first of them alone
+LESS = 0.93  # of a size that did not fit
+
+
+class SizeSearch:
+    """Finds the largest size of a few lean choices; that of the one that reaches furthest most closely."""
+
+    def __init__(self, request: Request, evaluate: Evaluate, tell: Callable[[str], None] = lambda line: None) -> None:
+        self.request, self._evaluate, self._tell = request, evaluate, tell
+        self._step = GRANULARITY[request.searched]
+        self._given = getattr(request.base, request.searched)
+        self._found: dict[Choice, dict[int, Outcome]] = {}  # choice -> size -> outcome
+
+    def run(self) -> list[Outcome]:
+        """Of each choice the outcome at the largest size that was seen to fit; of one that does not, at the given."""
+        far = self._rounded(FAR * self._given)
+        self._try([(choice, far) for choice in self._choices()])
+        expected = {choice: self._expected(own[far]) for choice, own in self._found.items()}
+        furthest = max(expected, key=expected.__getitem__)
+        others = {choice: FIRST_GUESSES[0] * size for choice, size in expected.items() if choice != furthest}
+        self._narrow(furthest, expected[furthest], others)
+        without = [choice for choice, own in self._found.items() if not any(o.fits for o in own.values())]
+        self._try([(choice, self._given) for choice in without])
+        return [self._best(own) for own in self._found.values()]
+
+    def _choices(self) -> list[Choice]:
+        kernels = liger(kernels_of(self.request))
+        last = TILED_MLP if self.request.searched == "seq_length" else IN_BACKWARD
+        lean = [(CHECKPOINTING,), (CHECKPOINTING, IN_BACKWARD), (ON_HOST, last)]
+        return [Choice((kernels, *levers)) for levers in lean]
+
+    def _expected(self, far: Outcome) -> int:
+        """About the largest size, from one far beyond it."""
+        weights, states = far.breakdown["parameters"], far.breakdown["optimizer_state"]
+        resident = weights + states + (0 if far.config.optimizer_in_backward else weights)
+        size = getattr(far.config, self.request.searched)
+        return max(int(size * (self.request.limit_bytes - resident) / max(far.peak_bytes - resident, 1)), 0)
+
+    def _narrow(self, choice: Choice, expected: int, others: dict[Choice, float]) -> None:
+        """Close in on the limit of a choice; takes the others along until they fit."""
+        for _ in range(ROUNDS):
+            own = self._found[choice]
+            low = max((size for size, outcome in own.items() if outcome.fits), default=0)
+            high = min((size for size, outcome in own.items() if not outcome.fits), default=self._most + self._step)
+            if high - low <= self._step:
+                break
+            sizes = {self._rounded(size) for size in self._next(low, high, expected)}
+            pair = sorted(size for size in sizes if low < size < high) or [low + self._step]
+            self._try([*((choice, size) for size in pair), *((c, self._rounded(size)) for c, size in others.items())])
+            others = {c: LESS * size for c, size in others.items() if not self._best(self._found[c]).fits}
+
+    def _next(self, low: int, high: int, expected: int) -> tuple[float, float]:
+        """Two sizes to try between one that fits, or 0, and one that does not."""
+        if high > 1.5 * expected and low == 0:
+            return FIRST_GUESSES[0] * expected, FIRST_GUESSES[1] * expected
+        if low == 0:
+            return 0.8 * high, 0.9 * high
+        if high > 1.5 * expected:
+            return 1.05 * low, 1.1 * low
+        return low + (high - low) / 3, high - (high - low) / 3
+
+    @property
+    def _most(self) -> int:
+        base = self.request.base
+        if self.request.searched == "batch_size":
+            return MAX_TOKENS // base.seq_length
+        positions = load_model_config(base).max_position_embeddings
+        return min(positions, MAX_TOKENS // base.batch_size) // self._step * self._step
+
+    def _rounded(self, size: float) -> int:
+        return min(max(int(size) // self._step * self._step, self._step), self._most)
+
+    def _best(self, own: dict[int, Outcome]) -> Outcome:
+        fitting = [size for size, outcome in own.items() if outcome.fits]
+        return own[max(fitting)] if fitting else own[min(own)]
+
+    def _try(self, asked: Sequence[tuple[Choice, int]]) -> None:
+        searched = self.request.searched
+        trials = [t for choice, size in asked if (t := trial_of(self.request, choice, **{searched: size}))]
+        if not trials:
+            return
+        self._tell(f"dry runs: {'; '.join(f'{c.name}, {searched} {getattr(own, searched):,}' for c, own in trials)}")
+        for outcome in told(self._evaluate(trials)):
+            own = self._found.setdefault(outcome.choice, {})
+            own[getattr(outcome.config, searched)] = outcome

@@ -1,0 +1,158 @@
+"""Advice put to the test: twelve situations that no record has, their first two choices predicted and then measured.
+
+    python -m src.advise.trial table.json --advise       # anywhere: asks for advice, and keeps what is predicted
+    python -m src.advise.trial table.json                # on the GPU: measures what has no figures yet
+
+The second goes on where it was stopped: the file is written after each run.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from src import program
+from src.config import RunConfig
+from src.utils import GIB, UsageError, aligned_table, write_atomically
+
+CHOICES = 2  # of each situation
+# Models, sizes and memory limits that no record has. All on the GPU that measures them.
+SITUATIONS: tuple[Mapping[str, Any], ...] = (
+    {"model_name": "Qwen/Qwen3-4B", "batch_size": 2, "seq_length": 4096, "goal": "speed"},
+    {"model_name": "Qwen/Qwen3-0.6B", "batch_size": 16, "seq_length": 2048, "goal": "speed"},
+    {"model_name": "Qwen/Qwen2.5-0.5B", "batch_size": 2, "seq_length": 512, "goal": "speed"},
+    {"model_name": "meta-llama/Llama-3.2-3B", "batch_size": 4, "seq_length": 3072, "goal": "speed"},
+    {"model_name": "meta-llama/Llama-3.2-3B", "batch_size": 8, "seq_length": 2048, "goal": "fit", "gpu_memory_gib": 40},
+    {
+        "model_name": "meta-llama/Llama-3.2-1B",
+        "batch_size": 12,
+        "seq_length": 1024,
+        "goal": "fit",
+        "gpu_memory_gib": 24,
+    },
+    {
+        "model_name": "meta-llama/Llama-3.2-1B",
+        "batch_size": 2,
+        "seq_length": 1024,
+        "goal": "longest",
+        "gpu_memory_gib": 16,
+    },
+    {
+        "model_name": "meta-llama/Llama-3.2-1B",
+        "batch_size": 4,
+        "seq_length": 2048,
+        "goal": "largest",
+        "gpu_memory_gib": 32,
+    },
+    {"model_name": "allenai/OLMo-2-0425-1B", "batch_size": 8, "seq_length": 2048, "goal": "speed"},
+    {"model_name": "HuggingFaceTB/SmolLM3-3B", "batch_size": 4, "seq_length": 2048, "goal": "speed"},
+    {"model_name": "microsoft/Phi-3-mini-4k-instruct", "batch_size": 4, "seq_length": 2048, "goal": "fit"},
+    {"model_name": "meta-llama/Llama-3.1-8B", "batch_size": 2, "seq_length": 2048, "goal": "speed"},
+)
+
+Row = dict[str, Any]
+
+
+def advised(situation: Mapping[str, Any], gpu: str, tell: Callable[[str], None]) -> list[Row]:
+    """A row for each of the first choices, without measured figures."""
+    from src.advise.answer import answer
+    from src.advise.ranking import shipped_parities
+    from src.advise.request import request
+
+    found = answer(request(gpu=gpu, **situation), shipped_parities(), tell)
+    return [
+        {
+            "situation": dict(situation),
+            "gpu": found.request.card.name,
+            "limit_bytes": found.request.limit_bytes,
+            "rank": rank,
+            "choice": outcome.choice.name,
+            "config": outcome.config.to_dict(),
+            "predicted_peak_bytes": outcome.peak_bytes,
+            "predicted_s": outcome.seconds,
+            "predicted_bound": outcome.bound,
+            "status": None,
+            "measured_peak_bytes": None,
+            "measured_s": None,
+            "environment": None,
+        }
+        for rank, outcome in enumerate(found.pareto[:CHOICES], start=1)
+    ]
+
+
+def measure(row: Row, run: Callable[..., Any]) -> None:
+    """Fill in what a run of the row's configuration shows, under the memory that was asked about."""
+    config = RunConfig.from_dict(row["config"])
+    record = run(dataclasses.replace(config, dry_run=False, memory_limit_gib=row["limit_bytes"] / GIB))
+    if record is None:
+        row["status"] = "error"
+        return
+    row["status"], row["environment"] = record.status, record.environment.model_dump()
+    row["measured_peak_bytes"], row["measured_s"] = record.peak_memory_bytes, record.latency_s
+
+
+def table(rows: list[Row]) -> str:
+    """What was predicted, beside what was measured."""
+    shown = [("model", "batch x seq", "choice", "peak off", "ms a step", "predicted", "off", "")]
+    for row in rows:
+        config, time, guess = row["config"], row["measured_s"], row["predicted_s"]
+        peak = row["measured_peak_bytes"]
+        shown.append(
+            (
+                config["model_name"].rsplit("/")[-1],
+                f"{config['batch_size']} x {config['seq_length']}",
+                row["choice"],
+                "" if not peak else f"{row['predicted_peak_bytes'] / peak - 1:+.2%}",
+                "" if not time else f"{time * 1e3:,.1f}",
+                "not known" if not guess else f"{guess * 1e3:,.1f}",
+                "" if not time or not guess else f"{guess / time - 1:+.1%}",
+                row["status"] or "not measured",
+            )
+        )
+    return aligned_table(shown, "lrlrrrrl")
+
+
+def _save(rows: list[Row], file: Path) -> None:
+    write_atomically(file, lambda path: path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8"))
+
+
+def _load(file: Path) -> list[Row]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: no table of --advise ({error})") from error
+
+
+def _run() -> int:
+    parser = program.Parser(
+        prog="python -m src.advise.trial", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="the table, as JSON")
+    parser.add_argument("--advise", action="store_true", help="ask for advice, and begin the table")
+    parser.add_argument("--gpu", default="h100", help="the GPU that will measure (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.advise:
+        rows: list[Row] = []
+        for situation in SITUATIONS:
+            rows += advised(situation, arguments.gpu, lambda line: print(line, file=sys.stderr, flush=True))
+            _save(rows, arguments.file)
+    else:
+        from src.advise.measured import check_gpu, run_here
+
+        rows = _load(arguments.file)
+        check_gpu()
+        for row in rows:
+            if row["status"] is None:
+                print(f"{row['config']['model_name']}: {row['choice']}", file=sys.stderr, flush=True)
+                measure(row, run_here)
+                _save(rows, arguments.file)
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    program.begin()
+    sys.exit(program.guarded(_run))

@@ -1,0 +1,124 @@
+"""How fast a GPU works through what a step asks of it, and how fast its CPU launches that.
+
+Few numbers, each with a meaning of its own, so that what holds for one model holds for another: an operation takes as
+long as its arithmetic or its memory traffic, whichever is longer, and a moment to begin.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from src.machine import GPUS, H100, Gpu, gpu_named
+from src.model_utils import TORCH_DTYPES
+from src.predict.work import Work
+from src.utils import UsageError, first_line
+
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a training step gets out of a GPU and its CPU. FLOP, bytes and seconds."""
+
+    gpu: str
+    source: str  # where the numbers come from, for a person
+    matmul_flops: Mapping[str, float]  # FLOP/s by dtype
+    attention_flops: float  # FLOP/s in 16 bits, forwards; a causal mask halves the FLOP
+    attention_backward_flops: float
+    memory_bytes: float  # bytes/s, read and written
+    kernel_s: float  # from the end of one kernel until the next one works
+    operation_s: float  # of the CPU, for each operation of PyTorch's, with the Python code around it
+    triton_s: float  # of the CPU, for each launch of a Triton kernel, with the Python code around it
+    checkpointed_s: float  # of the CPU, more for each of them in a part that is checkpointed, or computed again
+
+    def seconds(self, work: Work) -> float:
+        """How long the GPU works on an operation."""
+        if work.unit in ("none", "wait"):
+            return 0.0
+        arithmetic = work.flops / self._flops(work) if work.flops else 0.0
+        return max(arithmetic, work.moved_bytes / self.memory_bytes) + self.kernel_s
+
+    def cpu_seconds(self, work: Work) -> float:
+        """How long the CPU is busy with an operation; a wait is none."""
+        own = {"triton": self.triton_s, "wait": 0.0}.get(work.unit, self.operation_s)
+        return own + self.checkpointed_s if work.checkpointed else own
+
+    def _flops(self, work: Work) -> float:
+        """FLOP/s. A dtype that has no rate of its own, such as fp64, is taken to be as slow as fp32."""
+        products = self.matmul_flops.get(_NAMES.get(work.dtype, "fp32"), self.matmul_flops["fp32"])
+        if work.unit == "matmul":
+            return products
+        rate = self.attention_flops if work.unit == "attention" else self.attention_backward_flops
+        return rate * products / self.matmul_flops["bf16"]
+
+    def without_launches(self) -> "Rates":
+        """Of a step that is one CUDA graph: the CPU launches it at once."""
+        return dataclasses.replace(self, operation_s=0.0, triton_s=0.0, checkpointed_s=0.0)
+
+
+# By src/study/fit_rates.py, which says how far off these predictions are.
+FITTED = Rates(
+    gpu=H100.name,
+    source="fitted to steps measured on an H100",
+    matmul_flops={"bf16": 673e12, "fp16": 673e12, "fp32": 47.3e12},
+    attention_flops=485e12,
+    attention_backward_flops=401e12,
+    memory_bytes=2.47e12,
+    kernel_s=2.3e-6,
+    operation_s=15.4e-6,
+    triton_s=105e-6,
+    checkpointed_s=8.9e-6,
+)
+
+
+def of_card(card: Gpu) -> Rates | None:
+    """The rates of a GPU: fitted, or the shares of its data sheet that an H100 reaches; None where that is unknown."""
+    if card.name == FITTED.gpu:
+        return FITTED
+    card = GPUS.get(card.name, card)  # what PyTorch tells of a GPU has no data sheet
+    if card.peak_flops is None or card.memory_bytes_per_s is None:
+        return None
+    products = {
+        dtype: rate * card.peak_flops[dtype] / H100.peak_flops[dtype] for dtype, rate in FITTED.matmul_flops.items()
+    }
+    faster = products["bf16"] / FITTED.matmul_flops["bf16"]
+    return dataclasses.replace(
+        FITTED,
+        gpu=card.name,
+        source=f"its data sheet, of which an H100 reaches {FITTED.matmul_flops['bf16'] / H100.peak_flops['bf16']:.0%} "
+        f"in products and {FITTED.memory_bytes / H100.memory_bytes_per_s:.0%} in memory",
+        matmul_flops=products,
+        attention_flops=FITTED.attention_flops * faster,
+        attention_backward_flops=FITTED.attention_backward_flops * faster,
+        memory_bytes=FITTED.memory_bytes * card.memory_bytes_per_s / H100.memory_bytes_per_s,
+    )
+
+
+def rates_asked_for(name: str | None, card: Gpu) -> Rates | None:
+    """The rates that --gpu_rates names, a GPU or a file of src/predict/calibrate.py; without it those of `card`."""
+    if name is None:
+        return of_card(card)
+    try:
+        return of_card(gpu_named(name))
+    except UsageError:
+        return load(Path(name))
+
+
+def save(rates: Rates, path: Path) -> None:
+    """Write them as JSON. Raises OSError."""
+    path.write_text(json.dumps(dataclasses.asdict(rates), indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> Rates:
+    """Read them back. Raises `UsageError` if the file has none."""
+    try:
+        rates = Rates(**json.loads(path.read_text(encoding="utf-8")))
+        single = [value for name, value in vars(rates).items() if name not in ("gpu", "source", "matmul_flops")]
+        if not all(number > 0 for number in [*single, *(rates.matmul_flops[dtype] for dtype in TORCH_DTYPES)]):
+            raise ValueError("every rate must be more than 0")
+        return rates
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        known = ", ".join(gpu.word for gpu in GPUS.values())
+        raise UsageError(f"--gpu_rates {path}: no file of rates ({first_line(error)}), nor one of: {known}") from error

@@ -1,0 +1,241 @@
+"""Advice on situations whose answer is on record, from kept dry runs; one is run again, so that they stay true."""
+
+import dataclasses
+import functools
+import itertools
+
+import pytest
+import torch
+import transformers
+from liger_kernel.transformers import LigerSwiGLUMLP
+
+from doc import evidence
+from src.advise import lines, measured
+from src.advise.levers import CUDA_GRAPH, LARGER_CHUNKS, LORA, MLP_CHECKPOINTING, OFFLOAD, Choice, liger
+from src.advise.outcomes import Outcome, outcome, side_by_side
+from src.advise.ranking import ALIKE, advice, shipped_parities, why
+from src.advise.report import report
+from src.advise.request import request
+from src.advise.search import Search, resident_bytes
+from src.advise.sizes import SizeSearch
+from src.cli import parsed
+from src.machine import GPUS, gpu_named
+from src.study import grids
+from src.study.answers import Cell, experiment, settings
+from src.utils import GIB, UsageError
+from tests.advise_situations import SITUATIONS, kept, values
+from tests.helpers import assert_one_error_line, run_python, write_llama_folder
+
+KNOWN = shipped_parities()
+
+
+@functools.cache
+def answer(name):
+    """The advice on one of the situations."""
+    asked = request(**SITUATIONS[name])
+    search = SizeSearch if asked.searched else Search
+    return advice(asked, search(asked, kept(asked)).run(), KNOWN)
+
+
+@functools.cache
+def on_record():
+    """The measured runs of one H100, by what was run."""
+    runs = [r for place in ("h100_single_gpu", "h100_techniques") for r in evidence.folder(place).records]
+    runs += evidence.folder("study/h100_single_gpu").records
+    return {experiment(r): r for r in runs if r.mode == "measured" and r.run.memory_limit_gib is None}
+
+
+def measured_runs(name):
+    """What of a situation's choices was measured, as (outcome, record); first what was predicted to be fastest."""
+    found = [(o, on_record().get(_experiment(o.config))) for o in answer(name).ranked]
+    return sorted(((o, r) for o, r in found if r is not None), key=lambda pair: pair[0].seconds)
+
+
+def _experiment(config):
+    return settings(config), Cell(config.title, config.batch_size, config.seq_length)
+
+
+@pytest.mark.parametrize("name", ["roomy", "logits fill it", "few tokens"])
+def test_what_is_predicted_to_be_faster_was_measured_to_be_and_what_is_advised_to_fit_did(name):
+    pairs = measured_runs(name)
+    assert len(pairs) >= 2
+    for fast, slow in itertools.pairwise(pairs):
+        if slow[0].seconds > 1.05 * fast[0].seconds:
+            assert fast[1].latency_s < slow[1].latency_s
+    assert all(run.status == "ok" for _, run in pairs)
+
+
+def test_with_room_nothing_is_computed_twice_and_the_kernels_are_on():
+    first = answer("roomy").ranked[0]
+    assert not first.config.gradient_checkpointing
+    assert {"rope", "swiglu", "rms_norm"} <= set(first.config.kernels)
+    assert f"{answer('roomy').plain.seconds / first.seconds:.2f} times as fast" in why(answer("roomy"))
+
+
+def test_logits_that_do_not_fit_are_what_binds_and_flce_makes_room():
+    found = answer("logits fill it")
+    assert not found.plain.fits
+    assert found.plain.largest_part == "logits_and_loss"
+    assert found.ranked[0].config.flce
+    assert found.ranked[0].config.gradient_checkpointing is False  # as on record: 48 GiB
+
+
+def test_few_tokens_are_bound_by_launches_which_a_graph_does_away_with():
+    found = answer("few tokens")
+    assert found.plain.bound == "launches"
+    assert found.ranked[0].choice.has(CUDA_GRAPH)
+
+
+def test_small_card_takes_the_least_change_that_fits():
+    found = answer("small card")
+    assert not found.plain.fits
+    assert found.ranked[0].choice.effort == min(o.choice.effort for o in found.ranked) == 1
+    assert found.ranked[0].peak_bytes <= found.request.limit_bytes
+    more = answer("twice the batch")  # on record: neither checkpointing nor the kernels alone are enough there
+    assert more.ranked[0].choice.effort > 1
+
+
+def test_largest_batch_is_no_smaller_than_the_one_that_was_measured():
+    frontier = next(r.frontier for r in evidence.folder("h100_single_gpu").records if r.frontier and r.run.flce)
+    first = answer("largest batch").ranked[0]
+    assert first.config.batch_size >= frontier.measured
+    bigger = dataclasses.replace(first.config, batch_size=first.config.batch_size + 2)  # the search ends that close
+    (after,) = kept(answer("largest batch").request)([(first.choice, bigger)])
+    assert not after.fits
+
+
+def test_half_precision_never_takes_flces_mean_which_trains_wrongly():
+    found = answer("half precision").ranked
+    assert all(o.config.flce_reduction == "sum" for o in found if o.config.flce)
+    wrong = dataclasses.replace(found[0], config=found[0].config.__class__(dtype="fp16", flce_reduction="mean"))
+    wrong = dataclasses.replace(wrong, config=dataclasses.replace(wrong.config, gradient_checkpointing=True))
+    assert wrong not in advice(answer("half precision").request, [*found, wrong], KNOWN).ranked
+
+
+def test_small_model_is_better_off_without_flce_as_on_record():
+    ranked = answer("small model").ranked
+    without = next(o for o in ranked if o.config.kernels == ("rope", "swiglu", "rms_norm") and o.config.loss == "model")
+    whole = next(
+        o for o in ranked if o.config.flce and o.config.flce_chunks == 1 and not o.config.gradient_checkpointing
+    )
+    assert without.seconds < whole.seconds
+
+
+def test_weights_and_states_that_no_card_holds_go_to_the_host_before_anything_is_trained_otherwise():
+    found = answer("too large a model")
+    assert resident_bytes(found.plain) > found.request.limit_bytes
+    first, *others = found.ranked
+    assert first.choice.has(OFFLOAD)
+    assert first.seconds is None  # what the host does has no rates
+    assert first.host_bytes > 2**37  # as on record: 8 billion weights, with fp32 states
+    assert all(o.choice.training for o in others)
+    (adapters,) = (o for o in others if o.choice.has(LORA))
+    only = dataclasses.replace(found, ranked=[adapters])
+    assert "It trains otherwise than asked: adapters only." in report(only, KNOWN)
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_whole_answer_is_marked_predicted_and_its_lines_can_be_run(name):
+    found = answer(name)
+    text = report(found, KNOWN)
+    assert "All figures are predicted" in text
+    assert all(o.fits and o.peak_bytes <= found.request.limit_bytes for o in found.ranked)
+    for choice in found.pareto:
+        code = lines.python(choice.config)
+        compile(code.replace("...", "None"), "advice", "exec")
+    arguments = {}
+    whole = lines.python(found.ranked[0].config)
+    if found.ranked[0].choice.has(OFFLOAD):
+        return  # DeepSpeed's configuration is a file
+    call = whole.partition("arguments = ")[2].partition("\n)")[0] + "\n)"
+    exec(f"arguments = {call}", {"TrainingArguments": transformers.TrainingArguments}, arguments)
+    assert arguments["arguments"].use_liger_kernel or "apply_liger_kernel(" in whole
+
+
+def test_lines_leave_nothing_for_the_trainer_to_overwrite(tmp_path):
+    folder = write_llama_folder(tmp_path)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
+    asked = request(model_name=folder, gpu="h100", batch_size=1, seq_length=16)
+    kernels = liger(["rope", "swiglu", "rms_norm", "flce"])
+    code = lines.python(asked.with_settings(**Choice((kernels, MLP_CHECKPOINTING, LARGER_CHUNKS)).values))
+    assert "use_liger_kernel" not in code  # the Trainer would put the kernels in as it begins to train
+    built: dict = {}
+    exec(code.partition("arguments =")[0], built)
+    mlp = built["model"].model.layers[0].mlp
+    assert isinstance(mlp, LigerSwiGLUMLP) or mlp.forward.args[0].__func__ is LigerSwiGLUMLP.forward
+    assert mlp.forward.func is torch.utils.checkpoint.checkpoint
+    assert built["model"].forward.keywords == {"chunk_mem_const": 16}
+
+
+def test_command_measures_what_is_advised():
+    for name in SITUATIONS:
+        config = answer(name).ranked[0].config
+        script = grids.script(config.script)
+        words = lines.words(config)[2:]
+        again = parsed(None, script.defaults, {}, [*words, "--device", "cuda"]).config
+        assert again == dataclasses.replace(config, dry_run=False), name
+
+
+def test_kept_dry_runs_are_those_of_today():
+    asked = request(**SITUATIONS["tiny"])
+    first = answer("tiny").ranked[0]
+    assert values(outcome((first.choice, first.config), asked.card, asked.limit_bytes)) == values(first)
+
+
+def test_of_times_that_no_prediction_tells_apart_the_least_change_is_first():
+    asked = request(**SITUATIONS["tiny"])
+    base = Outcome(Choice(), asked.base, True, GIB, "forward", {"mlp": GIB}, 1.0, "gpu")
+    graph = dataclasses.replace(base, choice=Choice((CUDA_GRAPH,)), seconds=1 / (1 + ALIKE / 2))
+    assert advice(asked, [graph, base], {}).ranked == [base, graph]
+    assert advice(asked, [dataclasses.replace(graph, seconds=0.9), base], {}).ranked[0].seconds == 0.9
+
+
+def test_measured_choices_say_how_far_off_predictions_were():
+    found = answer("roomy")
+    record = next(iter(on_record().values()))
+    ran = []
+
+    def run(config):
+        ran.append(config)
+        if len(ran) == 2:
+            return None
+        return record.model_copy(update={"latency_s": 0.1, "peak_memory_bytes": found.pareto[0].peak_bytes})
+
+    own = measured.measure_first(found, run)
+    assert len(own) == min(3, len(found.pareto))
+    assert not any(config.dry_run for config in ran)
+    assert own[0].time_error == pytest.approx(found.pareto[0].seconds / 0.1 - 1)
+    text = measured.measured_report(own)
+    assert "+0.0%" in text
+    assert "(failed)" in text
+
+
+def test_dry_runs_side_by_side_are_those_of_one_process_and_what_cannot_be_predicted_says_why():
+    asked = request(**SITUATIONS["tiny"])
+    first = answer("tiny").ranked[0]
+    wrong = dataclasses.replace(first.config, compile="layers", rms_norm=False, gradient_checkpointing=False)
+    with side_by_side(asked.card, asked.limit_bytes) as evaluate:
+        found = evaluate([(first.choice, first.config), (Choice(), dataclasses.replace(wrong, model_name="nothing"))])
+    assert values(found[0]) == values(first)
+    assert isinstance(found[1], UsageError)
+
+
+@pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090"])
+def test_a_gpu_is_found_however_it_is_written(name):
+    assert gpu_named(name) is GPUS["NVIDIA GeForce RTX 4090"]
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--gpu h1000 --batch_size 8 --seq_length 1024", "unknown GPU"),
+        ("--gpu h100 --batch_size 0 --seq_length 1024", "--batch_size must be"),
+        ("--gpu h100 --batch_size 1 --seq_length 999999", "positions"),
+        ("--gpu h100 --batch_size 1 --seq_length 8 --gpu_memory_gib nan", "--gpu_memory_gib"),
+        ("--gpu h100 --batch_size 1 --seq_length 8 --goal best", "--goal"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words, text):
+    done = run_python("-m", "src.advise", "--model_name", "meta-llama/Llama-3.2-1B", *words.split())
+    assert done.returncode == 2
+    assert_one_error_line(done.stderr, text)
