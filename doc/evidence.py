@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "doc" / "data"
 SOURCE = ROOT / "doc" / "source"
 # The runs of which predictions are kept, and where these are.
-PREDICTED_RUNS = ("h100_single_gpu", "h100_peers", "h100_people")
+PREDICTED_RUNS = ("h100_single_gpu", "h100_techniques", "h100_peers", "h100_people")
 PREDICTIONS = {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
 
 BATCHES = (1, 4, 8, 16, 32)  # of the runs that had a machine for themselves

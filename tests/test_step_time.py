@@ -217,7 +217,7 @@ def test_the_faster_of_two_settings_is_named(compared):
 
 
 def test_committed_predictions_are_those_of_today():
-    runs = finished(evidence.folder(evidence.PREDICTED_RUNS).records)
+    runs = finished(evidence.folder("h100_single_gpu").records)
     run = next(r for r in runs if r.run.model_name == "tiny-llama" and r.run.kernels)
     ((kept, _),) = evidence.predictions([run])
     assert predict(run.run, script.build_experiment).step_time.seconds == pytest.approx(kept.predicted_latency_s)
