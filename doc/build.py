@@ -48,7 +48,19 @@ from src.utils import ExitStatus, UsageError, error_line, write_atomically
 DOC = ROOT / "doc"
 
 # Each text and the folder of the records that it is made from.
-TEXTS = ["measured", "peers", "people", "offload", "scaling", "peak", "parity", "original", "best", "report"]
+TEXTS = [
+    "measured",
+    "peers",
+    "people",
+    "predicted_time",
+    "offload",
+    "scaling",
+    "peak",
+    "parity",
+    "original",
+    "best",
+    "report",
+]
 DOCUMENTS = dict.fromkeys(TEXTS, "doc/data")
 DOCUMENTS |= {"predicted_offload": "doc/data"}
 DOCUMENTS |= {"levers": "doc/data/h200_offload", "predicted_vs_measured": "doc/data/h100_single_gpu"}

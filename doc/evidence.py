@@ -20,9 +20,10 @@ from src.families import SHAPES
 from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
 from src.offload_config import PRESETS, OffloadConfig
 from src.record import Record, load, load_and_tell
-from src.study import answers, grids, pareto
+from src.study import answers, fit_rates, grids, pareto
 from src.study.answers import short_model
 from src.study.figures import predicted_and_measured
+from src.study.fit_rates import Compared
 from src.techniques import KERNEL_NAMES, STRATEGIES, TECHNIQUES, kernels_only
 from src.utils import GIB, UsageError, ceil_div, next_power_of_two
 
@@ -31,6 +32,7 @@ DATA = ROOT / "doc" / "data"
 SOURCE = ROOT / "doc" / "source"
 # The runs of which predictions are kept, and where these are.
 PREDICTED_RUNS = ("h100_single_gpu", "h100_techniques", "h100_peers", "h100_people")
+FITTED_RUNS = PREDICTED_RUNS[:2]  # to which the rates of an H100 were fitted, see src/study/fit_rates.py
 PREDICTIONS = {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
 
 BATCHES = (1, 4, 8, 16, 32)  # of the runs that had a machine for themselves
@@ -321,6 +323,12 @@ def predictions(runs: Iterable[Record]) -> list[Pair]:
             raise UsageError(f"no prediction of {run.run_name}: python -m doc.build --predictions")
         pairs.append((kept[name], run))
     return pairs
+
+
+def timed() -> dict[str, list[Compared]]:
+    """The runs of one GPU whose time is predicted: those that the rates were fitted to, those held out, later ones."""
+    own = {name: predictions(predictable(listed(DATA / name, "all_gpu"))) for name in PREDICTED_RUNS}
+    return fit_rates.by_fit([c for name, pairs in own.items() for c in fit_rates.compared(pairs, name)], FITTED_RUNS)
 
 
 def error(prediction: Record, run: Record) -> float:

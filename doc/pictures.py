@@ -13,10 +13,10 @@ from doc import evidence, studies, tables
 from doc.evidence import BATCHES, MODELS, Folder
 from doc.studies import ALL, NO_FLCE, NONE
 from src.check import curves
-from src.explain.categories import CATEGORIES, COLOURS
+from src.explain.categories import COLOURS
 from src.explain.plot import figure
 from src.study import answers, figures
-from src.study.bars import STYLES, THREE, Axis, comparison, peak_gib, step_ms, throughput
+from src.study.bars import STYLES, peak_gib, step_ms
 from src.study.pareto_figure import pareto
 from src.utils import GIB
 
@@ -38,15 +38,10 @@ def all_figures() -> Iterator[tuple[str, Figure]]:
     yield "chunks.png", diagram("chunks")
     yield "peak_single_gpu.png", timelines("bs8_seq1024_rope{0}_silu{0}_rms{0}_flce{0}", ("False", "True"))
     yield "peak_offload.png", timelines("bs8_seq1024_liger_rope{0}_silu{0}_rms{0}_flce{0}_fast", ("0", "1"))
-    yield "composition.png", composition()
-    axis = Axis("batch_size", "batch size, 1024 tokens a sequence")
-    for name, checkpointing in (("strategies", True), ("strategies_no_checkpointing", False)):
-        cells = {answers.cell(record): record for record in evidence.by_batch(h100, checkpointing)}
-        yield f"{name}.png", _resized(comparison(cells, THREE, axis))
+    yield "composition.png", figures.peaks(list(evidence.peaks().values()), {})
     yield "kernels_alone.png", kernels_alone(h100)
     yield "offload_steps.png", offload_steps(evidence.folder("h100_offload"))
     yield "original.png", original()
-    yield "ladder.png", ladder()
     yield "convergence.png", curves.figure(curves.lines_of(evidence.DATA / "parity/convergence_h100.jsonl"))
     for size, (group, own) in evidence.peers().items():
         yield f"peers_{answers.plain_name(size).replace('_x_', 'x')}.png", pareto(group, own)
@@ -93,34 +88,6 @@ def timelines(name: str, words: Sequence[str]) -> Figure:
     titles = [f"{kernels}, 8 x 1024, {gpus}" for kernels in (NONE, ALL)]
     drawing = figure({title: evidence.snapshot(name.format(w)) for title, w in zip(titles, words)})
     return _resized(drawing, 10.5, 5.4)
-
-
-def composition() -> Figure:
-    """The peaks of a step on one GPU and under offload, without and with Liger kernels, as stacked bars."""
-    drawing, axes = _figure(11, 4.2)
-    runs, shown = evidence.peaks(), {}
-    for place, run in enumerate(runs.values()):
-        left = 0.0
-        for name in CATEGORIES:
-            width = run.peak_breakdown[name] / GIB
-            bar = axes.barh(place, width, 0.62, left, color=COLOURS[name], edgecolor="white", linewidth=0.4)
-            if width > 0.05:
-                shown[name] = bar
-            if width > 1:
-                colour = "white" if name in ("parameters", "logits_and_loss", "gathered_parameters") else "black"
-                axes.text(left + width / 2, place, f"{width:.1f}", ha="center", va="center", fontsize=9, color=colour)
-            left += width
-        axes.text(left + 0.15, place, f"{left:.2f} GiB", va="center", fontsize=10, weight="bold")
-    axes.set_yticks(range(len(runs)), runs, fontsize=10)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * max(run.breakdown_peak_bytes for run in runs.values()) / GIB)
-    axes.set_xlabel("GiB allocated at the peak")
-    axes.spines[["top", "right"]].set_visible(False)
-    gpu = ", ".join(sorted({run.environment.gpu for run in runs.values()}))
-    axes.set_title(f"Llama 3.2 1B, bf16, gradient checkpointing, 8 x 1024 tokens, {gpu}", fontsize=9)
-    shown = {name.replace("_", " "): shown[name] for name in CATEGORIES if name in shown}
-    drawing.legend(shown.values(), shown, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
-    return drawing
 
 
 def memory_by_batch(runs: Folder) -> Figure:
@@ -210,32 +177,6 @@ def offload_steps(runs: Folder) -> Figure:
     _grouped(axes, groups, series, "{:.2f}")
     axes.set_title(f"Llama 3.2 1B, ZeRO-3 offload, {runs.gpu}", fontsize=9)
     _plain(axes, "seconds a step")
-    return drawing
-
-
-def ladder() -> Figure:
-    """Peak and throughput of what can be turned on, one after the other."""
-    drawing, (left, right) = _figure(11, 3.6, 2, sharey=True)
-    steps = evidence.ladder()
-    for axes, value, form, label in (
-        (left, peak_gib, "{:.1f}", "peak, GiB"),
-        (right, throughput, "{:,.0f}", "tokens/s"),
-    ):
-        for place, (_, run) in enumerate(steps):
-            if run is None or run.status != "ok":
-                axes.annotate(answers.absence(run), (0, place), (3, 0), textcoords="offset points", va="center")
-                continue
-            width = value(run)[0]
-            bar = axes.barh(place, width, 0.65, color=STYLES[run.run.title]["color"], **OUTLINE)
-            axes.bar_label(bar, [form.format(width)], padding=3, fontsize=9)
-        axes.set_xlabel(label)
-        axes.margins(x=0.12)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.locator_params(axis="x", nbins=5)
-    names = [words.replace(", ", ",\n").replace(",\noffload", ", offload") for words, _ in steps]
-    left.set_yticks(range(len(steps)), names, fontsize=9)
-    left.invert_yaxis()
     return drawing
 
 

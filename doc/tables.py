@@ -12,10 +12,12 @@ from doc import evidence, studies
 from doc.evidence import Pair
 from doc.studies import GRID, LINES, NOT_MEASURED, Column
 from src.explain.categories import CATEGORIES
-from src.record import WRONG, Record
-from src.study import answers, pareto
+from src.record import Record
+from src.study import answers, fit_rates
 from src.study.answers import MANY_TOKENS, absence
+from src.study.fit_rates import Compared
 from src.study.pareto import Choices
+from src.study.tables import settings_table
 from src.techniques import TECHNIQUES, TITLES
 from src.utils import GIB, MIB, markdown_table
 
@@ -134,20 +136,10 @@ def measured(runs: Sequence[Record], found: Sequence[Record] = ()) -> str:
     return markdown_table([*CELL, "peak GiB", "ms a step (median ± IQR/2)", "tokens/s", "MFU", REPEATS], rows)
 
 
-def peers(sizes: Mapping[str, tuple[Any, Choices]]) -> str:
-    """Every setting at several sizes: parity, and peak and speed at each, in bold on the frontier of AdamW."""
-    settings: dict[str, dict[str, str]] = {}
-    for name, (_, own) in sizes.items():
-        best = [pareto.told(point.record) for point in own.frontier]
-        for record in own.records:
-            words = own.label(record).replace(f" {WRONG}", "")
-            row = settings.setdefault(words, {"setting": own.label(record)})
-            row["parity"] = row.get("parity") or ("" if record.parity is None else f"{record.parity.ratio:.2f}")
-            told = peak(record), speed(record) if record.status == "ok" else ""
-            strong = "**" if pareto.told(record) in best else ""
-            row |= {what: f"{strong}{text}{strong}" for what, text in zip((f"GiB, {name}", f"tokens/s, {name}"), told)}
-    header = ["setting", "parity", *(f"{what}, {name}" for name in sizes for what in ("GiB", "tokens/s"))]
-    return markdown_table(header, [[row.get(name, "") for name in header] for row in settings.values()])
+def side_by_side(sizes: Mapping[str, tuple[Any, Choices]]) -> str:
+    """Everything that was turned on, at several sizes."""
+    header, *rows = settings_table({name: own for name, (_, own) in sizes.items()})
+    return markdown_table(header, rows)
 
 
 def _peaks(prediction: Record, run: Record) -> list[str]:
@@ -168,6 +160,20 @@ def predicted(pairs: Sequence[Pair], *, others: bool = True) -> str:
         estimates = evidence.other_estimates(run.run.model_name, run.run.dtype) if others else ()
         rows.append([*_cell(run), *_peaks(prediction, run), *(f"{count / GIB:,.2f}" for count in estimates)])
     return markdown_table([*CELL, *PEAKS, *(("accelerate", "DeepSpeed") if others else ())], rows)
+
+
+def accuracy(groups: Mapping[str, Sequence[Compared]]) -> str:
+    """How far predicted times are off, group by group."""
+    return markdown_table(fit_rates.HEADER, fit_rates.accuracy(groups))
+
+
+def step_times(found: Sequence[Compared]) -> str:
+    """Measured and predicted time of each run, the error, and what bounds the step."""
+    rows = []
+    for own in sorted(found, key=lambda c: evidence.table_order(c.run)):
+        times = [f"{seconds * 1e3:,.1f}" for seconds in (own.run.latency_s, own.predicted.seconds)]
+        rows.append([*_cell(own.run), *times, f"{own.error:+.1%}", own.predicted.bound])
+    return markdown_table([*CELL, "measured ms", "predicted ms", "error", "bound by"], rows)
 
 
 def predicted_offload(pairs: Sequence[Pair]) -> str:

@@ -10,14 +10,15 @@ from src.advise.outcomes import Outcome
 from src.advise.request import Request
 from src.check.curves import parities
 from src.config import RunConfig
-from src.record import Parity
+from src.record import Parity, load_all
 from src.study import answers
 from src.utils import GIB
 
 # Predicted times that differ by less are alike: on record, half of the predictions are further off (see doc/data).
 ALIKE = 0.02
 Known = dict[tuple, Parity]  # by what gradients depend on, see answers.numerics
-PARITIES = Path(__file__).resolve().parents[2] / "doc" / "data" / "parity" / "h100.jsonl"
+DATA = Path(__file__).resolve().parents[2] / "doc" / "data"
+PARITIES, PEERS = DATA / "parity" / "h100.jsonl", DATA / "h100_peers"
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,10 @@ def _beats(a: Outcome, b: Outcome) -> bool:
 
 def shipped_parities() -> Known:
     """How exact gradients were in what is on record; of each the worst."""
+    compared = list(parities(PARITIES)) if PARITIES.exists() else []
+    compared += [(r.run, r.parity) for r in load_all([PEERS]) if r.parity is not None] if PEERS.exists() else []
     known: Known = {}
-    for config, parity in parities(PARITIES) if PARITIES.exists() else ():
+    for config, parity in compared:
         key = answers.numerics(_plain_name(config))
         known[key] = max(known.get(key, parity), parity, key=lambda p: (not p.agrees, p.ratio or math.inf))
     return known

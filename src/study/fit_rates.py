@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,23 +134,42 @@ def _rates(numbers: Iterable[float], start: Rates) -> Rates:
     return dataclasses.replace(start, matmul_flops=products, **dict(zip(_SINGLE, others)))
 
 
+def compared(pairs: Iterable[tuple[Record, Record]], folder: str) -> list[Compared]:
+    """The runs of a folder, beside the time that was predicted of each; from pairs of a prediction and a run."""
+    return [
+        Compared(run, folder, StepTime(p.predicted_latency_s, p.predicted_gpu_s, p.predicted_cpu_s))
+        for p, run in pairs
+        if p.predicted_latency_s is not None and run.status == "ok" and run.latency_s is not None
+    ]
+
+
+def by_fit(found: Sequence[Compared], fitted: Collection[str]) -> dict[str, list[Compared]]:
+    """Those of the folders that the rates were `fitted` to, those of them held out, and those of no such setting."""
+    known = {setting(c.run) for c in found if c.folder in fitted}
+    return {
+        "fitted": [c for c in found if c.folder in fitted and not is_held_out(c.run)],
+        "held out": [c for c in found if c.folder in fitted and is_held_out(c.run)],
+        "measured later": [c for c in found if setting(c.run) not in known],
+    }
+
+
+HEADER = ("steps", "runs", "median error", "largest", "faster one named")
+
+
+def accuracy(groups: Mapping[str, Sequence[Compared]]) -> list[tuple[str, ...]]:
+    """How far off predictions are: rows for each group, of `HEADER`, by what bounds a step and how large it is."""
+    kinds: dict[str, Callable[[Compared], bool]] = {
+        f"{MANY_TOKENS:,} tokens and more, bound by the GPU": lambda c: c.is_close,
+        "as many, bound by launches": lambda c: is_large(c.run) and not c.is_close,
+        "fewer tokens": lambda c: not is_large(c.run),
+    }
+    found = {f"{name}: {kind}": list(filter(own, runs)) for name, runs in groups.items() for kind, own in kinds.items()}
+    return [summary(name, runs) for name, runs in found.items() if runs]
+
+
 def _row(c: Compared) -> tuple[str, ...]:
     times = [f"{seconds * 1e3:,.1f} ms" for seconds in (c.run.latency_s, c.predicted.seconds)]
     return c.run.run_name, "held out" if is_held_out(c.run) else "", *times, f"{c.error:+.1%}"
-
-
-def _table(found: Sequence[Compared], unseen: Sequence[Compared]) -> str:
-    close = [c for c in found if c.is_close]
-    parts = {
-        f"{MANY_TOKENS:,} tokens and more, bound by the GPU": close,
-        "  fitted": [c for c in close if not is_held_out(c.run)],
-        "  held out": [c for c in close if is_held_out(c.run)],
-        "  another GPU, unseen": [c for c in unseen if c.is_close],
-        "as many, bound by launches": [c for c in found if is_large(c.run) and not c.is_close],
-        "fewer tokens": [c for c in found if not is_large(c.run)],
-    }
-    header = ("", "runs", "median error", "largest", "faster one named")
-    return aligned_table([header, *(summary(name, own) for name, own in parts.items() if own)], "lrrrr")
 
 
 def _parsed() -> argparse.Namespace:
@@ -187,7 +206,8 @@ def _run() -> int:
     found = [Compared(run, folder, time(rates, run)) for folder, run in runs]
     print(aligned_table([_row(c) for c in sorted(found, key=lambda c: c.run.run_name)], "llrrr"))
     others = [Compared(run, "", time(of_card(GPUS[run.environment.gpu]), run)) for run in unseen]
-    print(_table(found, others))
+    groups = by_fit(found, list(map(str, arguments.folders))) | {"another GPU, unseen": others}
+    print(aligned_table([HEADER, *accuracy(groups)], "lrrrr"))
     return 0
 
 

@@ -5,7 +5,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from src.record import Record
+from src.record import WRONG, Record
 from src.study import answers, pareto
 from src.study.answers import absence, setting_words
 from src.utils import GIB, markdown_table, printable
@@ -64,10 +64,34 @@ def _row(record: Record, times: answers.StepTimes, best: Mapping[tuple, str]) ->
         number_or_empty(record.latency_iqr_s, 1e-3, "{:,.1f}"),
         number_or_empty(record.throughput_tokens_per_s, 1, "{:,.0f}"),
         number_or_empty(record.mfu, 1e-2, "{:.1f}%"),
-        number_or_empty(None if record.parity is None else record.parity.ratio, 1, "{:.2f}"),
+        _parity(record),
         best.get(pareto.told(record), ""),
         answers.repeats(record, times),
     ]
+
+
+def settings_table(sizes: Mapping[str, pareto.Choices]) -> Table:
+    """A row for each setting, whatever its size: parity, and peak and speed at each of `sizes`, which have names.
+
+    In bold (Markdown) is what no other setting with AdamW beats in memory and speed.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for name, own in sizes.items():
+        best = [pareto.told(point.record) for point in own.frontier]
+        for record in own.records:
+            row = rows.setdefault(own.label(record).replace(f" {WRONG}", ""), {"setting": own.label(record)})
+            row["parity"] = row.get("parity") or _parity(record)
+            peak = number_or_empty(record.peak_memory_bytes, GIB, "{:,.2f}")
+            speed = number_or_empty(record.throughput_tokens_per_s, 1, "{:,.0f}")
+            told = (peak, speed) if record.status == "ok" else (absence(record), "")
+            strong = "**" if pareto.told(record) in best else ""
+            row |= {f"{what}, {name}": f"{strong}{text}{strong}" for what, text in zip(("GiB", "tokens/s"), told)}
+    header = ["setting", "parity", *(f"{what}, {name}" for name in sizes for what in ("GiB", "tokens/s"))]
+    return [header, *([row.get(name, "") for name in header] for row in rows.values())]
+
+
+def _parity(record: Record) -> str:
+    return number_or_empty(None if record.parity is None else record.parity.ratio, 1, "{:.2f}")
 
 
 def number_or_empty(value: float | None, unit: float, form: str) -> str:
