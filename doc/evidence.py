@@ -307,7 +307,7 @@ def predict_all() -> None:
     # Asked once, before records that are written here make it a changed checkout.
     os.environ.setdefault("GIT_COMMIT", machine.environment(on_gpu=False)["git_commit"])
     for name, runs in (("all_gpu", single_gpu_runs()), ("deepspeed", offloaded_runs())):
-        configs = list(dict.fromkeys(map(dry_run_of, runs)))
+        configs = list({config.run_name: config for config in map(dry_run_of, runs)}.values())
         dry_run.many(configs, grids.script(name))
         for config in configs:
             config.record_file.with_suffix(".txt").unlink()

@@ -19,12 +19,12 @@ from src.predict.dry_run import predict
 from src.predict.fake_gpu import FakeGpu
 from src.predict.fake_machine import FakeMachine
 from src.predict.rates import FITTED, rates_asked_for, save
-from src.predict.step_time import StepTime, step_time
+from src.predict.step_time import step_time
 from src.predict.work import NO_KERNEL, WAIT, Work, triton_work, work_of
 from src.record.recorder import new_record
 from src.record.report import report
 from src.study.answers import REPEATS
-from src.study.fit_rates import Compared, finished, is_held_out, is_large, rightly_ordered
+from src.study.fit_rates import finished, is_large, rightly_ordered
 from src.utils import UsageError
 from tests.helpers import ALL_KERNELS, HUGGING_FACE, tiny_config
 
@@ -182,36 +182,26 @@ def test_a_step_of_which_the_host_does_a_part_is_not_counted():
 
 @pytest.fixture(scope="module")
 def compared():
-    """Measured runs of many tokens, each with the committed prediction of its step."""
-    places = ("predicted_single_gpu", "predicted_techniques")
-    kept = {record.run_name: record for place in places for record in evidence.folder(place).records}
-    found = []
-    for folder in ("h100_single_gpu", "h100_techniques"):
-        for run in filter(is_large, finished(evidence.folder(folder).records)):
-            p = kept.get(dataclasses.replace(run.run, dry_run=True).run_name)
-            if p is not None:
-                time = StepTime(p.predicted_latency_s, p.predicted_gpu_s, p.predicted_cpu_s)
-                found.append(Compared(run, folder, time))
-    return found
+    """Measured runs of many tokens, each with the committed prediction of its step; by how they bear on the fit."""
+    return {name: [c for c in own if is_large(c.run)] for name, own in evidence.timed().items()}
 
 
-def test_steps_of_many_tokens_that_the_gpu_bounds_are_predicted_also_those_that_nothing_was_fitted_to(compared):
-    close = [c for c in compared if c.is_close]
-    for own in (close, [c for c in close if is_held_out(c.run)]):
-        errors = [abs(c.error) for c in own]
-        assert len(own) >= 8
-        assert statistics.median(errors) < 0.02
-        assert max(errors) < 0.15
+@pytest.mark.parametrize("group", ["fitted", "held out", "measured later"])
+def test_steps_of_many_tokens_that_the_gpu_bounds_are_predicted_also_those_that_nothing_was_fitted_to(compared, group):
+    errors = [abs(c.error) for c in compared[group] if c.is_close]
+    assert len(errors) >= 8
+    assert statistics.median(errors) < 0.05
+    assert max(errors) < 0.15
 
 
 def test_steps_that_launches_bound_are_predicted_no_worse_than_the_same_run_repeats(compared):
-    launched = [c for c in compared if not c.is_close]
+    launched = [c for own in compared.values() for c in own if not c.is_close]
     assert len(launched) >= 3
     assert all(REPEATS[0] <= c.run.latency_s / c.predicted.seconds - 1 <= REPEATS[1] for c in launched)
 
 
 def test_the_faster_of_two_settings_is_named(compared):
-    named = rightly_ordered(compared)
+    named = [verdict for own in compared.values() for verdict in rightly_ordered(own)]
     assert len(named) > 50
     assert sum(named) / len(named) > 0.95
 

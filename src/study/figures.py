@@ -33,7 +33,7 @@ from src.study.pareto import Choices, choices
 from src.study.pareto_figure import pareto
 from src.utils import GIB, MIB, file_name
 
-_OTHER = "other kernels"
+_OTHER = "other settings"
 _MARKERS = {name: (marker, style["color"]) for (name, style), marker in zip(STYLES.items(), "osD")}
 _MARKERS[_OTHER] = ("^", "white")
 _LONGEST_LABEL = 75  # characters beside a bar
@@ -261,6 +261,7 @@ def predicted_figure(pairs: Sequence[tuple[Record, Record]]) -> Figure:
         axes.spines[["top", "right"]].set_visible(False)
     machines = ", ".join(sorted({machine(measurement) for _, measurement in pairs}))
     models = ", ".join(sorted({short_model(measurement.run) for _, measurement in pairs}))
-    drawing.suptitle(plain(f"{len(pairs)} peaks of {models}; measured: {machines}"), fontsize=9)
+    title = textwrap.fill(f"{len(pairs)} peaks of {models}; measured: {machines}", 120)
+    drawing.suptitle(plain(title), fontsize=9)
     drawing.legend(loc="outside lower center", ncols=len(_MARKERS), fontsize=9, frameon=False)
     return drawing
