@@ -31,7 +31,7 @@ from src.model_utils import patched  # noqa: E402 - imports Triton
 
 CPU_ONLY = ("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
 SEED = int(os.environ.get("TEST_SEED") or random.SystemRandom().randrange(2**31))
-LIMIT_S = 240  # for a test that hangs; none takes a tenth of it on an idle machine
+LIMIT_S = 900  # for a test that hangs; the first that needs DeepSpeed's CPU Adam compiles it, minutes on a busy machine
 
 # A busy machine is no failure. What is found is printed, not kept in a folder, and is short enough not to be shrunk.
 PHASES = [phase for phase in hypothesis.Phase if phase is not hypothesis.Phase.shrink]
