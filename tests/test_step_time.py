@@ -24,7 +24,7 @@ from src.predict.work import NO_KERNEL, WAIT, Work, triton_work, work_of
 from src.record.recorder import new_record
 from src.record.report import report
 from src.study.answers import REPEATS
-from src.study.fit_rates import finished, is_large, rightly_ordered
+from src.study.fit_rates import finished, is_large, rightly_ordered, setting
 from src.utils import UsageError
 from tests.helpers import ALL_KERNELS, HUGGING_FACE, tiny_config
 
@@ -192,6 +192,12 @@ def test_steps_of_many_tokens_that_the_gpu_bounds_are_predicted_also_those_that_
     assert len(errors) >= 8
     assert statistics.median(errors) < 0.05
     assert max(errors) < 0.15
+
+
+def test_what_was_measured_later_is_of_no_setting_that_was_fitted():
+    places = (*evidence.FITTED_RUNS, "study/h100_single_gpu")  # of src/study/fit_rates.py's own example
+    fitted = {setting(run) for place in places for run in finished(evidence.folder(place).records)}
+    assert not fitted & {setting(c.run) for c in evidence.timed()["measured later"]}
 
 
 def test_steps_that_launches_bound_are_predicted_no_worse_than_the_same_run_repeats(compared):
