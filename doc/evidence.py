@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "doc" / "data"
 SOURCE = ROOT / "doc" / "source"
 # The runs of which predictions are kept, and where these are.
-PREDICTED_RUNS = ("h100_single_gpu", "h100_techniques", "h100_peers", "h100_people")
-FITTED_RUNS = PREDICTED_RUNS[:2]  # to which the rates of an H100 were fitted, see src/study/fit_rates.py
+PREDICTED_RUNS = ("h100_single_gpu", "h100_techniques", "h100_peers", "h100_people", "h200_single_gpu", "h200_peers")
+# A GPU's word -> the runs to which its rates were fitted, see src/study/fit_rates.py.
+FITTED_RUNS = {"h100": ("h100_single_gpu", "h100_techniques"), "h200": ("h200_single_gpu", "h200_peers")}
 PREDICTIONS = {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
 
 BATCHES = (1, 4, 8, 16, 32)  # of the runs that had a machine for themselves
@@ -179,7 +180,7 @@ def peaks() -> dict[str, Record]:
 
 @functools.cache
 def peers() -> dict[str, tuple[pareto.Group, pareto.Choices]]:
-    """Size, and the model if it is another than the study's -> everything that was turned on at that size."""
+    """Size, and the model if it is another than the study's -> everything that was turned on at that size, on an H100."""
     found = pareto.choices(folder("h100_peers").records)
     ordered = sorted(found, key=lambda g: (g.config.model_name != RunConfig.model_name, g.sequences))
     models = ["" if g.config.model_name == RunConfig.model_name else f"{short_model(g.config)}, " for g in ordered]
@@ -270,7 +271,7 @@ MODELS = tuple(map(Shape, ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.2-3B",
 
 
 def dry_run_of(run: Record) -> RunConfig:
-    """The dry run that predicts a run; of one that ran out of memory, whether it fits the card that it ran on."""
+    """The dry run that predicts a run at its GPU's rates; of one that ran out of memory, whether it fits that card."""
     config = run.run
     if isinstance(config, OffloadConfig):
         # What changes no peak, so that runs that differ in nothing else share a prediction.
@@ -279,13 +280,19 @@ def dry_run_of(run: Record) -> RunConfig:
         config = dataclasses.replace(config, **usual, memory_limit_gib=limit)
     place = DATA.relative_to(ROOT) / PREDICTIONS[run.script]
     config = dataclasses.replace(config, dry_run=True, result_dir=str(place), snapshot_dir="", log_dir="")
+    if run.script == "all_gpu" and _gpu_word(run) != machine.H100.word:
+        config = dataclasses.replace(config, gpu_rates=_gpu_word(run))
     if run.status == "ok" or run.environment.gpu_memory_bytes is None:
         return config
     return dataclasses.replace(config, gpu_memory_gib=run.environment.gpu_memory_bytes / GIB)
 
 
+def _gpu_word(run: Record) -> str:
+    return machine.GPUS[run.environment.gpu].word
+
+
 def single_gpu_runs() -> list[Record]:
-    """The measured runs of one GPU of which predictions are kept: those of one machine that can be predicted."""
+    """The measured runs of one GPU of which predictions are kept: those that can be predicted."""
     return [run for name in PREDICTED_RUNS for run in predictable(listed(DATA / name, "all_gpu"))]
 
 
@@ -326,9 +333,19 @@ def predictions(runs: Iterable[Record]) -> list[Pair]:
 
 
 def timed() -> dict[str, list[Compared]]:
-    """The runs of one GPU whose time is predicted: those that the rates were fitted to, those held out, later ones."""
+    """The runs whose time is predicted, GPU by GPU: those that its rates were fitted to, those held out, later ones."""
     own = {name: predictions(predictable(listed(DATA / name, "all_gpu"))) for name in PREDICTED_RUNS}
-    return fit_rates.by_fit([c for name, pairs in own.items() for c in fit_rates.compared(pairs, name)], FITTED_RUNS)
+    groups = {}
+    for gpu, fitted in FITTED_RUNS.items():
+        found = [c for name, pairs in own.items() for c in fit_rates.compared(pairs, name) if _gpu_word(c.run) == gpu]
+        groups |= {f"{gpu.upper()}, {name}": runs for name, runs in fit_rates.by_fit(found, fitted).items() if runs}
+    return groups
+
+
+def apart(runs: Folder, again: Folder) -> list[float]:
+    """How far the times of runs that were repeated lie from those of their repeats, relative, without signs."""
+    first = {run.run_name: run for run in runs.records}
+    return [abs(run.latency_s / first[run.run_name].latency_s - 1) for run in again.records]
 
 
 def error(prediction: Record, run: Record) -> float:

@@ -26,6 +26,7 @@ from src.predict.rates import FITTED, Rates, of_card, save
 from src.predict.step_time import StepTime, step_time
 from src.record import Record, load_all
 from src.study import grids
+from src.techniques import TECHNIQUES
 from src.utils import UsageError, aligned_table
 
 MANY_TOKENS = 8192  # the time of a step of so many is meant to be predicted closely
@@ -74,8 +75,9 @@ def is_large(run: Record) -> bool:
 
 
 def finished(runs: Iterable[Record]) -> list[Record]:
-    """Those on one GPU that ended well."""
-    return [r for r in runs if (r.mode, r.script, r.status) == ("measured", "all_gpu", "ok")]
+    """Those on one GPU that ended well, and whose operations a dry run can count."""
+    ended = [r for r in runs if (r.mode, r.script, r.status) == ("measured", "all_gpu", "ok")]
+    return [r for r in ended if not any(t.unpredicted(r.run) for t in TECHNIQUES.values())]
 
 
 def rightly_ordered(found: Iterable[Compared], apart: float = 0.05) -> list[bool]:
@@ -190,10 +192,13 @@ def _run() -> int:
     unseen = finished(load_all(arguments.unseen))
     if not runs:
         raise UsageError("no measured runs of one GPU in these folders")
-    build, works = grids.script("all_gpu").build_experiment, {}
+    script, works = grids.script("all_gpu"), {}
     for name, run in {setting(run): run for run in [*(run for _, run in runs), *unseen]}.items():
-        works[name] = predict(run.run, build).works
+        works[name] = predict(run.run, script.build_experiment, simulate=script.simulate).works
         print(f"simulated {name}", file=sys.stderr, flush=True)
+    # Nobody counts the step of which the host does a part.
+    runs = [(folder, run) for folder, run in runs if works[setting(run)] is not None]
+    unseen = [run for run in unseen if works[setting(run)] is not None]
 
     def time(rates: Rates, run: Record) -> StepTime:
         return step_time(works[setting(run)], rates)
