@@ -15,7 +15,7 @@ from src.explain.timeline import Timeline
 from src.machine import Gpu
 from src.predict.dry_run import predict
 from src.study import grids
-from src.utils import UsageError
+from src.utils import UsageError, keep_out_of_garbage_collection
 
 MOST_PROCESSES = 6
 
@@ -83,14 +83,18 @@ def side_by_side(card: Gpu, limit_bytes: int) -> Iterator[Evaluate]:
     grids.script("all_gpu")
     fork = multiprocessing.get_context("fork")
     count = min(machine.usable_cores(), MOST_PROCESSES)
-    # One thread each: nothing is computed.
-    with concurrent.futures.ProcessPoolExecutor(count, fork, torch.set_num_threads, (1,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(count, fork, _begin) as pool:
 
         def evaluate(trials: Sequence[Trial]) -> list[Outcome | UsageError]:
             running = [pool.submit(outcome, trial, card, limit_bytes) for trial in trials]
             return list(map(_result, running))
 
         yield evaluate
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)  # nothing is computed
+    keep_out_of_garbage_collection()
 
 
 def _result(running: concurrent.futures.Future) -> Outcome | UsageError:

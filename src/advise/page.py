@@ -32,6 +32,7 @@ _FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # Gradio's 
 _INTRODUCTION = """# What should I turn on?
 When you train this model on this GPU: does it fit, what is the peak made of, what is faster. All figures are predicted
 by dry runs on this machine's CPU; an answer takes about half a minute."""
+_KEPT = 3600, 3600  # seconds between removals of uploads and pictures, and their age then
 _WIDTHS = ["4%", "29%", "11%", "8%", "9%", "10%", "11%", "7%", "11%"]  # of the columns of HEADER
 
 
@@ -51,7 +52,9 @@ class Shown(NamedTuple):
 def page() -> gr.Blocks:
     """The page, to be launched."""
     visit.prepare()
-    with gr.Blocks(title="What should I turn on?", analytics_enabled=False, fill_width=True) as blocks:
+    with gr.Blocks(
+        title="What should I turn on?", analytics_enabled=False, fill_width=True, delete_cache=_KEPT
+    ) as blocks:
         gr.Markdown(_INTRODUCTION)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):

@@ -37,12 +37,12 @@ SITUATIONS: tuple[Mapping[str, Any], ...] = (
     _of(_3B, 4, 3072, "speed", 80),
     _of(_3B, 8, 2048, "fit", 40),
     _of(_1B, 12, 1024, "fit", 24),
-    _of(_1B, 1, 1024, "longest", 14),
     _of("Qwen/Qwen3-0.6B", 4, 512, "largest", 16),
     _of("allenai/OLMo-2-0425-1B", 8, 2048, "speed", 80),
     _of("HuggingFaceTB/SmolLM3-3B", 4, 2048, "speed", 48),
-    _of("microsoft/Phi-3-mini-4k-instruct", 4, 2048, "fit", 80),
+    _of("ibm-granite/granite-3.1-2b-base", 4, 2048, "fit", 24),
     _of(_8B, 2, 2048, "speed", 80),
+    _of(_1B, 1, 1024, "longest", 14),
 )
 
 Row = dict[str, Any]
