@@ -5,7 +5,10 @@ It runs on a CPU, asks for no login, and neither the server nor the page makes a
 """
 
 import os
+import socket
 import sys
+import threading
+import webbrowser
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,8 +29,11 @@ from src.utils import GIB
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read as Gradio is imported
 
+import fastapi
 import gradio as gr
+import uvicorn
 
+HOST = "127.0.0.1"
 _FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # Gradio's own come from the network
 _INTRODUCTION = """# What should I turn on?
 When you train this model on this GPU: does it fit, what is the peak made of, what is faster. All figures are predicted
@@ -50,7 +56,7 @@ class Shown(NamedTuple):
 
 
 def page() -> gr.Blocks:
-    """The page, to be launched."""
+    """The page, to be served."""
     visit.prepare()
     with gr.Blocks(
         title="What should I turn on?", analytics_enabled=False, fill_width=True, delete_cache=_KEPT
@@ -66,20 +72,29 @@ def page() -> gr.Blocks:
     return blocks
 
 
-def launch(blocks: gr.Blocks, **more: Any) -> Any:
-    """Serve the page: no tunnel, no fonts from elsewhere, no upload larger than a config.json may be."""
-    theme = gr.themes.Default(font=_FONTS[0], font_mono=_FONTS[1])
-    plain = {"share": False, "ssr_mode": False, "footer_links": [], "max_file_size": LARGEST_FILE_BYTES}
-    return blocks.launch(theme=theme, **plain, **more)
-
-
 def serve() -> None:
     """Open the page on this machine, for this machine alone, until Ctrl-C."""
-    desktop = sys.platform == "darwin" or any(name in os.environ for name in ("DISPLAY", "WAYLAND_DISPLAY"))
-    blocks = page()
-    _, url, _ = launch(blocks, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, inbrowser=desktop)
-    print(f"page     {url} (Ctrl-C ends it)", flush=True)
-    blocks.block_thread()
+    app = gr.mount_gradio_app(fastapi.FastAPI(), page(), "/", **look())
+    with _loopback() as place:
+        url = f"http://{HOST}:{place.getsockname()[1]}/"
+        print(f"page     {url} (Ctrl-C ends it)", flush=True)
+        if sys.platform == "darwin" or any(name in os.environ for name in ("DISPLAY", "WAYLAND_DISPLAY")):
+            threading.Timer(2, webbrowser.open, (url,)).start()
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[place])
+
+
+def look() -> dict[str, Any]:
+    """How Gradio serves the page: no fonts and links from elsewhere, no upload larger than a config.json may be."""
+    theme = gr.themes.Default(font=_FONTS[0], font_mono=_FONTS[1])
+    return {"theme": theme, "footer_links": [], "max_file_size": LARGEST_FILE_BYTES, "ssr_mode": False}
+
+
+def _loopback() -> socket.socket:
+    """Where to listen: Gradio's usual port, or any that is free."""
+    try:
+        return socket.create_server((HOST, 7860))
+    except OSError:
+        return socket.create_server((HOST, 0))
 
 
 def _questions() -> list[gr.components.Component]:
