@@ -61,7 +61,7 @@ def first_line(error: BaseException) -> str:
 
 
 def keep_out_of_garbage_collection() -> None:
-    """Let the collector pass over all that exists now: walking DeepSpeed's objects would take a fifth of a second."""
+    """Let the collector pass over all that exists now: walking libraries' objects would take a fifth of a second."""
     gc.freeze()
     atexit.register(gc.unfreeze)  # the interpreter frees them when it ends
 

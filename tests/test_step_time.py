@@ -1,6 +1,7 @@
 """The predicted time of a step: against counts made by hand, and against the steps that were measured on an H100."""
 
 import dataclasses
+import json
 import statistics
 
 import pytest
@@ -240,5 +241,12 @@ def test_rates_measured_here_are_those_that_a_dry_run_takes_from_the_file(tmp_pa
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"gpu": "x"}', '{"matmul_flops": 1}'])
 def test_file_that_has_no_rates_is_told(tmp_path, text):
     (tmp_path / "rates.json").write_text(text)
+    with pytest.raises(UsageError, match="no file of rates"):
+        rates_asked_for(str(tmp_path / "rates.json"), H100)
+
+
+@pytest.mark.parametrize("absurd", [{"kernel_s": 1e-300}, {"memory_bytes": 1e400}, {"operation_s": -1}, {"source": 5}])
+def test_rates_that_no_machine_has_are_told(tmp_path, absurd):
+    (tmp_path / "rates.json").write_text(json.dumps(dataclasses.asdict(FITTED) | absurd))
     with pytest.raises(UsageError, match="no file of rates"):
         rates_asked_for(str(tmp_path / "rates.json"), H100)

@@ -37,7 +37,7 @@ SCRIPTS = {"all_gpu": all_gpu_liger_kernel.SCRIPT, "deepspeed": deepspeed_liger_
 
 
 def runs(*words, script="all_gpu", flags=("--device=cuda",), **options):
-    return [task.config for task in tasks(grid_axes(words), SCRIPTS[script], list(flags), **options)]
+    return [task.config for task in tasks(grid_axes(words), SCRIPTS[script], list(flags), **options).found]
 
 
 BATCH = {(size, 1024) for size in (1, 4, 8, 16, 32, 64, 96, 112)}
@@ -72,7 +72,7 @@ def test_axes_are_multiplied_over_any_setting_and_equal_runs_are_one():
 
 def test_label_says_what_tells_a_cell_apart():
     words, flags = ["batch_size=2", "learning_rate=1e-3,1e-4", "strategy=none"], ["--device=cuda"]
-    labels = [task.label for task in grids.tasks(grids.grid_axes(words), grids.script("all_gpu"), flags)]
+    labels = [task.label for task in grids.tasks(grids.grid_axes(words), grids.script("all_gpu"), flags).found]
     assert labels == ["No Liger Kernel, 2 x 1024, learning_rate 1e-3", "No Liger Kernel, 2 x 1024, learning_rate 1e-4"]
 
 

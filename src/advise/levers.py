@@ -36,6 +36,22 @@ ADAFACTOR = Lever("Adafactor", {"optimizer": "adafactor"}, 2, "another optimizer
 OFFLOAD = Lever("ZeRO-3 offload (DeepSpeed)", {"offloaded": True}, 4)
 LORA = Lever("LoRA", {"lora_rank": 16}, 2, "adapters only")
 
+# All but Liger's kernels, which depend on the model.
+LEVERS = (
+    CHECKPOINTING,
+    MLP_CHECKPOINTING,
+    EVERY_SECOND,
+    LARGER_CHUNKS,
+    CHUNKED_LOSS,
+    CUDA_GRAPH,
+    IN_BACKWARD,
+    ON_HOST,
+    TILED_MLP,
+    ADAFACTOR,
+    OFFLOAD,
+    LORA,
+)
+
 # What may be better still, but no dry run can tell.
 UNPREDICTED = (
     "torch.compile of each layer (--compile layers), 8-bit and 4-bit optimizers (--optimizer adamw_8bit), and fp8 "

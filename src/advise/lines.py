@@ -10,7 +10,7 @@ from src.config import RunConfig, flag_of
 from src.techniques import KERNEL_NAMES
 
 # What a command need not say: that it is a dry run, for which card, and where.
-_LEFT_OUT = ("dry_run", "device", "gpu_memory_gib")
+_LEFT_OUT = ("dry_run", "device", "gpu_memory_gib", "gpu_rates")
 _SCRIPTS = {"all_gpu": ("python", "all_gpu_liger_kernel.py"), "deepspeed": ("bash", "run_ds.sh")}
 _DEEPSPEED = """\
 # The Trainer takes a configuration of DeepSpeed's: stage 3, offload_param and offload_optimizer to the CPU.

@@ -1,8 +1,7 @@
 """The first choices of an advice, measured on the GPU that is here, beside what was predicted."""
 
 import dataclasses
-import subprocess
-import sys
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,12 @@ from src.advise.outcomes import Outcome
 from src.advise.ranking import Advice
 from src.config import RunConfig
 from src.record import Record, load
-from src.utils import GIB, UsageError, aligned_table
+from src.study.grids import Task
+from src.study.workers import Job, what_happened
+from src.utils import GIB, UsageError, aligned_table, error_line
 
 FIRST = 3
-ROOT = Path(__file__).resolve().parents[2]
+LONGEST_S = 600  # of a run
 
 
 class Measured(NamedTuple):
@@ -41,21 +42,28 @@ class Measured(NamedTuple):
         return self.outcome.peak_bytes / self.record.peak_memory_bytes - 1
 
 
-def check_gpu() -> None:
-    """Raises `UsageError` if there is no GPU to measure on."""
+def check_gpu(without: str) -> None:
+    """Raises `UsageError` if there is no GPU to measure on; `without` says what can be done without one."""
     if not machine.has_gpu():
-        raise UsageError("measuring needs a GPU, and there is none here: without --measure all is predicted")
+        raise UsageError(f"measuring needs a GPU, and there is none here: {without}")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # look for a GPU without initialising CUDA, so that forks can
 
 
 def run_here(config: RunConfig) -> Record | None:
-    """Run it as a program of its own. Returns its record."""
+    """Run it in a process of its own, forked from this one, which has imported everything. Returns its record."""
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, result_dir=folder, snapshot_dir="", log_dir="")
-        program, *words = lines.words(config)
-        words = [sys.executable if program == "python" else program, *words]
-        subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
-        found = list(Path(folder).glob("*.json"))
-        return load(found[0]) if found else None
+        log = Path(folder, "log")
+        task = Task(config, tuple(lines.words(config)[2:]))
+        job = Job(task)
+        try:
+            _, ending = job.run(task, log, LONGEST_S)
+        finally:
+            job.end()
+        if config.record_file.exists():
+            return load(config.record_file)
+        error_line(what_happened(ending, log)[1])
+        return None
 
 
 def measure_first(advice: Advice, run: Callable[[RunConfig], Record | None] = run_here) -> list[Measured]:

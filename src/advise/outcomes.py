@@ -11,10 +11,11 @@ import torch
 from src import machine
 from src.advise.levers import Choice
 from src.config import RunConfig
+from src.explain.timeline import Timeline
 from src.machine import Gpu
 from src.predict.dry_run import predict
 from src.study import grids
-from src.utils import UsageError
+from src.utils import UsageError, keep_out_of_garbage_collection
 
 MOST_PROCESSES = 6
 
@@ -51,13 +52,18 @@ Evaluate = Callable[[Sequence[Trial]], list[Outcome | UsageError]]
 
 def outcome(trial: Trial, card: Gpu, limit_bytes: int) -> Outcome:
     """One dry run. Raises `UsageError` if the choice cannot be."""
+    return outcome_and_timeline(trial, card, limit_bytes)[0]
+
+
+def outcome_and_timeline(trial: Trial, card: Gpu, limit_bytes: int) -> tuple[Outcome, Timeline]:
+    """One dry run, and its memory over the step. Raises `UsageError` if the choice cannot be."""
     choice, config = trial
     script = grids.script(config.script)
     found = predict(
         config, script.build_experiment, card=card, limit_bytes=limit_bytes, simulate=script.simulate, strict=False
     )
     time = found.step_time
-    return Outcome(
+    shown = Outcome(
         choice=choice,
         config=config,
         fits=found.refused is None,
@@ -68,22 +74,27 @@ def outcome(trial: Trial, card: Gpu, limit_bytes: int) -> Outcome:
         bound=time and time.bound,
         host_bytes=found.host_peak_bytes,
     )
+    return shown, found.timeline
 
 
 @contextlib.contextmanager
 def side_by_side(card: Gpu, limit_bytes: int) -> Iterator[Evaluate]:
     """What evaluates trials in a few processes, forked from this one, which has imported everything."""
     grids.script("all_gpu")
-    torch.set_num_threads(1)  # nothing is computed
     fork = multiprocessing.get_context("fork")
     count = min(machine.usable_cores(), MOST_PROCESSES)
-    with concurrent.futures.ProcessPoolExecutor(count, mp_context=fork) as pool:
+    with concurrent.futures.ProcessPoolExecutor(count, fork, _begin) as pool:
 
         def evaluate(trials: Sequence[Trial]) -> list[Outcome | UsageError]:
             running = [pool.submit(outcome, trial, card, limit_bytes) for trial in trials]
             return list(map(_result, running))
 
         yield evaluate
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)  # nothing is computed
+    keep_out_of_garbage_collection()
 
 
 def _result(running: concurrent.futures.Future) -> Outcome | UsageError:

@@ -5,32 +5,35 @@ from src.advise.levers import UNPREDICTED
 from src.advise.outcomes import Outcome
 from src.advise.ranking import Advice, Known, parity_of, why
 from src.advise.request import GOALS, Request
-from src.predict.rates import of_card
+from src.predict.rates import rates_asked_for
 from src.study.pareto import changes_numerics
 from src.utils import GIB, aligned_table
 
 _RATES_UNKNOWN = "the speed of this GPU is not known here, so no time is predicted"
 
+HEADER = ["", "what to turn on", "batch x seq", "peak GiB", "ms a step", "tokens/s", "numbers", "parity", "needs"]
+
 
 def report(advice: Advice, known: Known) -> str:
     """The whole answer."""
-    parts = [_head(advice.request), *_binding(advice)]
+    parts = [head(advice.request), *filter(None, [bindings(advice)])]
     if not advice.ranked:
         least = advice.least
         return "\n\n".join([*parts, f"Nothing fits: {least.choice.name} takes least, {_gib(least)} GiB (predicted)."])
     first = advice.ranked[0]
-    parts += [_table(advice, known), why(advice)]
+    parts += [aligned_table(rows(advice, known), "llrrrrlrl"), why(advice)]
     if first.choice.training:
         parts.append(f"It trains otherwise than asked: {first.choice.training}.")
     parts += [f"Here:\n\n{lines.command(first.config)}", f"In your program:\n\n{lines.python(first.config)}"]
     return "\n\n".join([*parts, f"Not predicted, so not ranked: {UNPREDICTED}."])
 
 
-def _head(request: Request) -> str:
+def head(request: Request) -> str:
+    """What was asked, and where the figures come from."""
     base, card = request.base, request.card
     model = base.model_name.rsplit("/")[-1]
-    rates = of_card(card)
-    source = _RATES_UNKNOWN if rates is None else f"times by {rates.source}"
+    rates = rates_asked_for(base.gpu_rates, card)
+    source = _RATES_UNKNOWN if rates is None else f"times by rates: {rates.source}"
     return (
         f"{model}, {base.batch_size} x {base.seq_length:,} tokens, {base.dtype}, on an {card.name} with "
         f"{request.limit_bytes / GIB:.1f} GiB for PyTorch. Wanted: {GOALS[request.goal]}.\n"
@@ -38,11 +41,11 @@ def _head(request: Request) -> str:
     )
 
 
-def _binding(advice: Advice) -> list[str]:
+def bindings(advice: Advice) -> str:
+    """What binds Hugging Face's code, and what the first choice, a line each."""
     first = advice.ranked[0] if advice.ranked else None
     named = [("Hugging Face's code as it is", advice.plain), ("the first choice", first)]
-    rows = [f"What binds {name}: {binding(o)}." for name, o in named if o is not None]
-    return ["\n".join(rows)] if rows else []
+    return "\n".join(f"What binds {name}: {binding(o)}." for name, o in named if o is not None)
 
 
 def binding(outcome: Outcome) -> str:
@@ -55,13 +58,13 @@ def binding(outcome: Outcome) -> str:
     return f"memory, {memory}{fits}; time, {time}"
 
 
-def _table(advice: Advice, known: Known) -> str:
-    header = ["", "what to turn on", "batch x seq", "peak GiB", "ms a step", "tokens/s", "numbers", "parity", "needs"]
-    rows = [[str(i), *_row(o, known)] for i, o in enumerate(advice.pareto, start=1)]
+def rows(advice: Advice, known: Known) -> list[list[str]]:
+    """A table: its header, the choices worth taking by their rank, and Hugging Face's code as it is."""
+    found = [[str(i), *_row(o, known)] for i, o in enumerate(advice.pareto, start=1)]
     plain = advice.plain
     if plain is not None and plain not in advice.pareto:
-        rows.append(["" if plain.fits else "does not fit", *_row(plain, known)])
-    return aligned_table([header, *rows], "llrrrrlrl")
+        found.append(["" if plain.fits else "does not fit", *_row(plain, known)])
+    return [HEADER, *found]
 
 
 def _row(outcome: Outcome, known: Known) -> list[str]:

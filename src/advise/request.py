@@ -58,15 +58,21 @@ def request(
     goal: str = "speed",
     gpu_memory_gib: float | None = None,
     dtype: str = "bf16",
+    gpu_rates: str | None = None,
 ) -> Request:
-    """What a user asks for. Raises `UsageError`."""
+    """What a user asks for. `gpu_rates` are those of a dry run. Raises `UsageError`."""
     card = gpu_named(gpu)
     families.check_name(model_name, pretrained=False)
     known = families.shipped(model_name)
     if known is not None and seq_length > (positions := known[1]["max_position_embeddings"]):
         raise UsageError(f"--seq_length {seq_length} is beyond the {positions} positions of {model_name}")
     config = RunConfig(
-        model_name=model_name, batch_size=batch_size, seq_length=seq_length, dtype=dtype, gpu_memory_gib=gpu_memory_gib
+        model_name=model_name,
+        batch_size=batch_size,
+        seq_length=seq_length,
+        dtype=dtype,
+        gpu_memory_gib=gpu_memory_gib,
+        gpu_rates=gpu_rates,
     )
     off = techniques.without(config) | {"gradient_checkpointing": False}
     base = dataclasses.replace(config, **off, gpu_memory_gib=None, dry_run=True, device="cuda")

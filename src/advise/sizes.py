@@ -18,6 +18,7 @@ from src.predict.frontier import GRANULARITY
 FAR = 64  # times the given size
 ROUNDS = 4  # of two sizes each, for the choice that reaches furthest
 FIRST_GUESSES = (0.95, 0.99)  # of what is expected; the others get the first of them alone
+CLOSE = 0.02  # of a size that fits: nothing is tried between it and one that does not
 LESS = 0.93  # of a size that did not fit
 
 
@@ -45,7 +46,7 @@ class SizeSearch:
     def _choices(self) -> list[Choice]:
         kernels = liger(kernels_of(self.request))
         last = TILED_MLP if self.request.searched == "seq_length" else IN_BACKWARD
-        lean = [(CHECKPOINTING,), (CHECKPOINTING, IN_BACKWARD), (ON_HOST, last)]
+        lean = [(ON_HOST, last), (CHECKPOINTING, IN_BACKWARD), (CHECKPOINTING,)]  # the one that takes longest first
         return [Choice((kernels, *levers)) for levers in lean]
 
     def _expected(self, far: Outcome) -> int:
@@ -61,12 +62,18 @@ class SizeSearch:
             own = self._found[choice]
             low = max((size for size, outcome in own.items() if outcome.fits), default=0)
             high = min((size for size, outcome in own.items() if not outcome.fits), default=self._most + self._step)
-            if high - low <= self._step:
+            pair = self._between(low, high, expected)
+            if not pair and not others:
                 break
-            sizes = {self._rounded(size) for size in self._next(low, high, expected)}
-            pair = sorted(size for size in sizes if low < size < high) or [low + self._step]
             self._try([*((choice, size) for size in pair), *((c, self._rounded(size)) for c, size in others.items())])
             others = {c: LESS * size for c, size in others.items() if not self._best(self._found[c]).fits}
+
+    def _between(self, low: int, high: int, expected: int) -> list[int]:
+        """What to try between a size that fits and one that does not; nothing if they are close."""
+        if high - low <= max(self._step, CLOSE * low):
+            return []
+        sizes = {self._rounded(size) for size in self._next(low, high, expected)}
+        return sorted(size for size in sizes if low < size < high) or [low + self._step]
 
     def _next(self, low: int, high: int, expected: int) -> tuple[float, float]:
         """Two sizes to try between one that fits, or 0, and one that does not."""

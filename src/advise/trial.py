@@ -19,38 +19,30 @@ from src.config import RunConfig
 from src.utils import GIB, UsageError, aligned_table, write_atomically
 
 CHOICES = 2  # of each situation
-# Models, sizes and memory limits that no record has. All on the GPU that measures them.
+WARMUP, ITERATIONS = 2, 5  # of each measurement
+
+_1B, _3B, _8B = (f"meta-llama/Llama-3.{size}" for size in ("2-1B", "2-3B", "1-8B"))
+
+
+def _of(model: str, batch_size: int, seq_length: int, goal: str, gpu_memory_gib: float | None = None) -> dict[str, Any]:
+    sizes = {"batch_size": batch_size, "seq_length": seq_length}
+    return {"model_name": model, **sizes, "goal": goal, "gpu_memory_gib": gpu_memory_gib}
+
+
+# Models, sizes and memory limits (in GiB, context included) that no record has. All on the GPU that measures them.
 SITUATIONS: tuple[Mapping[str, Any], ...] = (
-    {"model_name": "Qwen/Qwen3-4B", "batch_size": 2, "seq_length": 4096, "goal": "speed"},
-    {"model_name": "Qwen/Qwen3-0.6B", "batch_size": 16, "seq_length": 2048, "goal": "speed"},
-    {"model_name": "Qwen/Qwen2.5-0.5B", "batch_size": 2, "seq_length": 512, "goal": "speed"},
-    {"model_name": "meta-llama/Llama-3.2-3B", "batch_size": 4, "seq_length": 3072, "goal": "speed"},
-    {"model_name": "meta-llama/Llama-3.2-3B", "batch_size": 8, "seq_length": 2048, "goal": "fit", "gpu_memory_gib": 40},
-    {
-        "model_name": "meta-llama/Llama-3.2-1B",
-        "batch_size": 12,
-        "seq_length": 1024,
-        "goal": "fit",
-        "gpu_memory_gib": 24,
-    },
-    {
-        "model_name": "meta-llama/Llama-3.2-1B",
-        "batch_size": 2,
-        "seq_length": 1024,
-        "goal": "longest",
-        "gpu_memory_gib": 16,
-    },
-    {
-        "model_name": "meta-llama/Llama-3.2-1B",
-        "batch_size": 4,
-        "seq_length": 2048,
-        "goal": "largest",
-        "gpu_memory_gib": 32,
-    },
-    {"model_name": "allenai/OLMo-2-0425-1B", "batch_size": 8, "seq_length": 2048, "goal": "speed"},
-    {"model_name": "HuggingFaceTB/SmolLM3-3B", "batch_size": 4, "seq_length": 2048, "goal": "speed"},
-    {"model_name": "microsoft/Phi-3-mini-4k-instruct", "batch_size": 4, "seq_length": 2048, "goal": "fit"},
-    {"model_name": "meta-llama/Llama-3.1-8B", "batch_size": 2, "seq_length": 2048, "goal": "speed"},
+    _of("Qwen/Qwen3-4B", 2, 4096, "speed"),
+    _of("Qwen/Qwen3-0.6B", 16, 2048, "speed", 80),
+    _of("Qwen/Qwen2.5-0.5B", 2, 512, "speed", 24),
+    _of(_3B, 4, 3072, "speed", 80),
+    _of(_3B, 8, 2048, "fit", 40),
+    _of(_1B, 12, 1024, "fit", 24),
+    _of("Qwen/Qwen3-0.6B", 4, 512, "largest", 16),
+    _of("allenai/OLMo-2-0425-1B", 8, 2048, "speed", 80),
+    _of("HuggingFaceTB/SmolLM3-3B", 4, 2048, "speed", 48),
+    _of("ibm-granite/granite-3.1-2b-base", 4, 2048, "fit", 24),
+    _of(_8B, 2, 2048, "speed", 80),
+    _of(_1B, 1, 1024, "longest", 14),
 )
 
 Row = dict[str, Any]
@@ -86,7 +78,9 @@ def advised(situation: Mapping[str, Any], gpu: str, tell: Callable[[str], None])
 def measure(row: Row, run: Callable[..., Any]) -> None:
     """Fill in what a run of the row's configuration shows, under the memory that was asked about."""
     config = RunConfig.from_dict(row["config"])
-    record = run(dataclasses.replace(config, dry_run=False, memory_limit_gib=row["limit_bytes"] / GIB))
+    limit_gib = row["limit_bytes"] / GIB
+    config = dataclasses.replace(config, dry_run=False, warmup=WARMUP, iterations=ITERATIONS)
+    record = run(dataclasses.replace(config, memory_limit_gib=limit_gib))
     if record is None:
         row["status"] = "error"
         return
@@ -143,7 +137,7 @@ def _run() -> int:
         from src.advise.measured import check_gpu, run_here
 
         rows = _load(arguments.file)
-        check_gpu()
+        check_gpu("--advise needs none")
         for row in rows:
             if row["status"] is None:
                 print(f"{row['config']['model_name']}: {row['choice']}", file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from src import program
-from src.utils import UsageError, aligned_table
+from src.utils import UsageError, aligned_table, check_writable
 
 if TYPE_CHECKING:
     from src.predict.rates import Rates
@@ -195,6 +195,7 @@ def _run() -> int:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the JSON to write, for --gpu_rates")
     file = parser.parse_args().file
+    check_writable(file.parent)
     import torch
 
     from src.predict.rates import save

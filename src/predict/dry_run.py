@@ -20,7 +20,7 @@ from src.experiment import Build, Experiment, Mark, OutOfMemory, Script, Step, n
 from src.explain.categories import CATEGORIES
 from src.explain.reading import save
 from src.explain.recording import Attribution
-from src.explain.timeline import timeline
+from src.explain.timeline import Timeline, timeline
 from src.machine import H100, Gpu
 from src.measure import PhasePeaks, measure_phases
 from src.model_utils import flops_per_step, implementations, patched
@@ -87,7 +87,7 @@ class Prediction:
     phases: PhasePeaks
     peak_reserved_bytes: int
     host_peak_bytes: int | None  # of the whole job; None: not simulated
-    breakdown: dict[str, int]  # category -> bytes at the peak; sums to peak_bytes
+    timeline: Timeline = field(repr=False)  # of the step's memory
     model_flops: int
     works: list[Work] | None  # what the step asks of the GPU; None: not counted, as part of it is on the host
     rates: Rates | None  # of the GPU; None: not known
@@ -102,6 +102,11 @@ class Prediction:
     def peak_bytes(self) -> int:
         """Peak allocated."""
         return max(self.phases.peak_bytes.values())
+
+    @property
+    def breakdown(self) -> dict[str, int]:
+        """Category -> bytes at the peak; sums to `peak_bytes`."""
+        return self.timeline.breakdown()
 
     @property
     def step_time(self) -> StepTime | None:
@@ -194,7 +199,7 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
         phases=phases,
         peak_reserved_bytes=max(reserved, runtime.peak_bytes()[1]),
         host_peak_bytes=gpu.host_peak_bytes(),
-        breakdown=timeline(simulated_snapshot(gpu, first_event)).breakdown(),
+        timeline=timeline(simulated_snapshot(gpu, first_event)),
         model_flops=flops_per_step(experiment.model, config),
         works=works,
         rates=rates,

@@ -6,7 +6,7 @@ long as its arithmetic or its memory traffic, whichever is longer, and a moment 
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +57,8 @@ class Rates:
         """Of a step that is one CUDA graph: the CPU launches it at once."""
         return dataclasses.replace(self, operation_s=0.0, triton_s=0.0, checkpointed_s=0.0)
 
+
+_FAR = 1e9  # times faster or slower than an H100, and a rate is a mistake: times made of it would have no meaning
 
 # By src/study/fit_rates.py, which says how far off these predictions are.
 FITTED = Rates(
@@ -112,13 +114,24 @@ def save(rates: Rates, path: Path) -> None:
 
 
 def load(path: Path) -> Rates:
-    """Read them back. Raises `UsageError` if the file has none."""
+    """Read them back. Raises `UsageError` if the file has none, or such as no machine has."""
     try:
         rates = Rates(**json.loads(path.read_text(encoding="utf-8")))
-        single = [value for name, value in vars(rates).items() if name not in ("gpu", "source", "matmul_flops")]
-        if not all(number > 0 for number in [*single, *(rates.matmul_flops[dtype] for dtype in TORCH_DTYPES)]):
-            raise ValueError("every rate must be more than 0")
+        if not (isinstance(rates.gpu, str) and isinstance(rates.source, str)):
+            raise ValueError("gpu and source must be words")
+        for name, number, usual in _numbers(rates):
+            if not usual / _FAR <= number <= usual * _FAR:
+                raise ValueError(f"{name} is {number}, where an H100 has {usual:g}")
         return rates
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         known = ", ".join(gpu.word for gpu in GPUS.values())
         raise UsageError(f"--gpu_rates {path}: no file of rates ({first_line(error)}), nor one of: {known}") from error
+
+
+def _numbers(rates: Rates) -> Iterator[tuple[str, float, float]]:
+    """Name and value of each rate, beside the H100's."""
+    for dtype in TORCH_DTYPES:
+        yield f"matmul_flops of {dtype}", rates.matmul_flops[dtype], FITTED.matmul_flops[dtype]
+    for name, number in vars(rates).items():
+        if name not in ("gpu", "source", "matmul_flops"):
+            yield name, number, getattr(FITTED, name)

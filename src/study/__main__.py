@@ -101,9 +101,8 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
         _require_gpus(arguments.num_gpus)
     # Snapshots and logs of a whole grid are asked for, not usual.
     flags = ["--snapshot_dir=", "--log_dir=", *flags]
-    left_out: set[str] | None = set() if tolerant else None
-    found = grids.tasks(axes, grids.script(arguments.script), flags, arguments.num_gpus, left_out)
-    for reason in sorted(left_out or ()):
+    found, left_out = grids.tasks(axes, grids.script(arguments.script), flags, arguments.num_gpus, tolerant=tolerant)
+    for reason in left_out:
         print(f"left out: {reason}")
     warn([task.config for task in found])
     return Sweep(found, timeout_s=arguments.timeout_s, every_cell=arguments.every_cell).run()

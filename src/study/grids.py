@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from src.cli import parsed
 from src.config import RunConfig
@@ -125,22 +125,26 @@ def strategy_of(word: str) -> dict[str, bool]:
 def check(axes: Sequence[Axes], script_name: str, flags: Sequence[str], *, tolerant: bool = False) -> None:
     """Raises `UsageError`, as `tasks` would, if a word or flag cannot be. Needs no torch."""
     plain = SimpleNamespace(defaults=CONFIGS[script_name](), cpu_defaults={})
-    tasks(axes, plain, [*flags, "--device=cuda"], left_out=set() if tolerant else None)
+    tasks(axes, plain, [*flags, "--device=cuda"], tolerant=tolerant)
+
+
+class Tasks(NamedTuple):
+    """The runs of a grid."""
+
+    found: list[Task]
+    left_out: list[str]  # why others cannot be, each reason once
 
 
 def tasks(
-    axes: Sequence[Axes],
-    of: "Script",
-    flags: Sequence[str],
-    num_gpus: int = 1,
-    left_out: set[str] | None = None,
-) -> list[Task]:
+    axes: Sequence[Axes], of: "Script", flags: Sequence[str], num_gpus: int = 1, *, tolerant: bool = False
+) -> Tasks:
     """Every run of the grid once: strategy by strategy, the smallest first, so that the largest can be inferred.
 
-    Those that differ in their sizes alone stand together. Why a run cannot be is noted in `left_out`, and the others
-    are returned; if that is None, or if none can be, it raises `UsageError`.
+    Those that differ in their sizes alone stand together. Raises `UsageError` if one cannot be, or, where the grid is
+    `tolerant`, if none can.
     """
     found: dict[str, Task] = {}
+    left_out: set[str] = set()
     for part in axes:
         names = [name for name in part if name != "strategy"]
         for word in part.get("strategy", list(STRATEGIES)):
@@ -150,15 +154,16 @@ def tasks(
                 try:
                     task = _task(of, [*kernels, *own, *flags], num_gpus, own)
                 except UsageError as error:
-                    if left_out is None:
+                    if not tolerant:
                         raise
                     left_out.add(str(error))
                     continue
                 found.setdefault(task.config.run_name, task)
     if left_out and not found:
-        raise UsageError(next(iter(left_out)))
+        raise UsageError(min(left_out))
     order = {key: i for i, key in enumerate(dict.fromkeys(t.config.but_for_sizes for t in found.values()))}
-    return sorted(found.values(), key=lambda task: (order[task.config.but_for_sizes], task.config.tokens_per_step))
+    by_size = sorted(found.values(), key=lambda task: (order[task.config.but_for_sizes], task.config.tokens_per_step))
+    return Tasks(by_size, sorted(left_out))
 
 
 def _task(of: "Script", arguments: list[str], num_gpus: int, swept: Sequence[str]) -> Task:
