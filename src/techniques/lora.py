@@ -1,5 +1,7 @@
 """LoRA (Hu et al. 2021) through peft: small matrices are trained beside weights that stay as they are."""
 
+from typing import Any
+
 from src.techniques.libraries import missing
 from src.techniques.technique import Config, Model, Technique
 
@@ -13,21 +15,40 @@ def _refusal(config: Config) -> str | None:
     return "--fp8 changes the weights that --lora_rank leaves alone: one of them" if config.fp8 else None
 
 
+def _targets(layer: Model, config: Config) -> dict[str, Any]:
+    """The linear layers of a decoder layer that get adapters, by their names in it."""
+    import torch
+
+    part = layer if config.lora_targets == "linear" else layer.self_attn
+    return {name: module for name, module in part.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def adapter_parameters(layer: Model, config: Config) -> int:
+    """Parameters of the adapters in a decoder layer: a matrix from its input to the rank, one from there to its output.
+
+    `layer` is as Hugging Face makes it. 0 without LoRA.
+    """
+    return config.lora_rank * sum(m.in_features + m.out_features for m in _targets(layer, config).values())
+
+
 def _add_adapters(model: Model, config: Config) -> None:
-    """Into every linear layer, or those of attention; in fp32, as peft makes them beside half-precision weights."""
+    """Into every linear layer, or those of attention.
+
+    In fp32, as peft makes them beside half-precision weights. DeepSpeed keeps an fp32 copy of what it trains on the
+    host, and wants one dtype on the GPU: there they have that of the other weights.
+    """
     if not config.lora_rank:
         return
     import torch
     from peft import LoraConfig, inject_adapter_in_model
 
-    layer = model.model.layers[0]
-    part = layer if config.lora_targets == "linear" else layer.self_attn
-    names = [name.rpartition(".")[2] for name, module in part.named_modules() if isinstance(module, torch.nn.Linear)]
+    names = [name.rpartition(".")[2] for name in _targets(model.model.layers[0], config)]
     adapters = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=names)
     inject_adapter_in_model(adapters, model)
+    dtype = torch.float32 if config.script == "all_gpu" else model.dtype
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(dtype)
 
 
 LORA_DEFAULTS = {"lora_alpha": 16, "lora_targets": "linear"}
@@ -38,7 +59,6 @@ LORA = (
         help="train LoRA adapters of this rank, and nothing else; 0 trains every weight",
         tag="lora",
         bounds=(0, 2**14),
-        scripts=("all_gpu",),
         refusal=_refusal,
         to_model=_add_adapters,
     ),
@@ -48,7 +68,6 @@ LORA = (
         help="adapters count alpha / rank times",
         tag="alpha",
         bounds=(1, 2**20),
-        scripts=("all_gpu",),
     ),
     Technique(
         name="lora_targets",
@@ -56,6 +75,5 @@ LORA = (
         help="where adapters are: in every linear layer but the LM head, or in attention's alone",
         tag="targets-",
         choices=("linear", "attention"),
-        scripts=("all_gpu",),
     ),
 )
