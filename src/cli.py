@@ -94,7 +94,11 @@ def make_parser(description: str | None, defaults: RunConfig) -> argparse.Argume
     for f in dataclasses.fields(defaults):
         if f.name in defaults.without_flag:
             continue
-        if f.name in TECHNIQUES and defaults.script not in TECHNIQUES[f.name].scripts and not _redefined(f):
+        technique = TECHNIQUES.get(f.name)
+        if technique is not None and defaults.script not in technique.scripts and not _redefined(f):
+            if technique.not_offloaded:  # `techniques.check` says why
+                help = f"not for this script: {technique.not_offloaded}"
+                parser.add_argument(f"--{f.name}", choices=technique.choices, help=help)
             continue
         _add_option(kernels if f.name in KERNEL_NAMES else parser, f, getattr(defaults, f.name), defaults)
     if isinstance(defaults, OffloadConfig):

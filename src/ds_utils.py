@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from transformers.integrations import HfDeepSpeedConfig
 
 from src.machine import local_ranks
-from src.model_utils import build_model, family_of, load_model_config, parameter_counts
+from src.model_utils import adapters_of_layer, build_model, family_of, load_model_config, parameter_counts
 from src.offload import join, ranks
 from src.offload.experiment import OffloadExperiment
 from src.offload.host_memory import check_host_memory
@@ -31,6 +31,7 @@ from src.utils import UsageError, ceil_div, print_rank0
 def zero3_config(config: OffloadConfig, model_config: PretrainedConfig) -> dict[str, Any]:
     """DeepSpeed's configuration of the experiment; sizes are in elements."""
     layer, rest = parameter_counts(model_config)
+    layer += adapters_of_layer(config, model_config)
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "overlap_comm": True,

@@ -58,7 +58,8 @@ class Experiment:
     def resident(self) -> dict[str, list[torch.Tensor]]:
         """What stays on the GPU between steps, by what it is for."""
         states = [t for state in self.optimizer.state.values() for value in state.values() for t in _tensors_in(value)]
-        return {"parameters": list(self.model.parameters()), "optimizer_state": states}
+        weights = [t for parameter in self.model.parameters() for t in _tensors_in(parameter)]
+        return {"parameters": weights, "optimizer_state": states}
 
     def labelling(self, attribution: Any) -> AbstractContextManager:
         """Nothing beyond the model's own modules asks for memory."""
@@ -77,7 +78,7 @@ class Experiment:
 
 
 def _tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors with memory of their own in an optimizer's state, which quantised ones keep in parts."""
+    """The tensors with memory of their own in a weight or an optimizer's state, which quantised ones keep in parts."""
     if isinstance(value, torch.Tensor) and not hasattr(value, "__tensor_flatten__"):
         return [value]
     return [part for part in getattr(value, "__dict__", {}).values() if isinstance(part, torch.Tensor)]

@@ -24,6 +24,7 @@ from src.config import RunConfig
 from src.families import FAMILIES, Family, check_name, shipped
 from src.techniques import KERNEL_NAMES, TECHNIQUES
 from src.techniques.kernels import lacking
+from src.techniques.lora import adapter_parameters
 from src.utils import UsageError, first_line
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -182,6 +183,11 @@ def parameter_counts(shape: PretrainedConfig) -> tuple[int, int]:
     return layer, sum(p.numel() for p in model.parameters()) - layer
 
 
+def adapters_of_layer(config: RunConfig, shape: PretrainedConfig) -> int:
+    """Parameters of LoRA's adapters in one decoder layer; 0 without."""
+    return adapter_parameters(architecture.one_layer_model(shape).model.layers[0], config)
+
+
 def flops_per_step(model: PreTrainedModel, config: RunConfig) -> int:
     """Floating-point operations that one optimizer step needs: 6·N·T for the weights plus causal attention.
 
@@ -191,11 +197,17 @@ def flops_per_step(model: PreTrainedModel, config: RunConfig) -> int:
     each, and three times that with the backward pass. Recomputation under gradient checkpointing is not counted.
     Method: PaLM (Chowdhery et al. 2022), appendix B, with the causal half of attention left out.
     """
-    shape = model.config
+    return sum(flops_of_passes(model, config))
+
+
+def flops_of_passes(model: PreTrainedModel, config: RunConfig) -> tuple[int, int]:
+    """The operations of `flops_per_step` in the forward pass and in the backward pass."""
+    shape, tokens = model.config, config.tokens_per_step
     of_input = None if shape.tie_word_embeddings else model.get_input_embeddings().weight
     products = [p for p in model.parameters() if len(full_shape(p)) == 2 and p is not of_input]
-    of_weights = sum((6 if p.requires_grad else 4) * full_shape(p).numel() for p in products)
-    tokens = config.tokens_per_step
+    weights = sum(full_shape(p).numel() for p in products)
+    trained = sum(full_shape(p).numel() for p in products if p.requires_grad)
     attention_width = shape.num_attention_heads * shape.head_dim
-    attention = 6 * shape.num_hidden_layers * attention_width * config.seq_length * tokens
-    return of_weights * tokens + attention
+    attention = 2 * shape.num_hidden_layers * attention_width * config.seq_length * tokens
+    forward = 2 * weights * tokens + attention
+    return forward, forward + 2 * trained * tokens + attention

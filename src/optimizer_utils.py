@@ -23,7 +23,7 @@ def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Op
     if config.optimizer == "adamw_cpu":
         settings["offload_gradients"] = config.gradient_accumulation_steps == 1
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = _trained(model)
 
     def build(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         return kind(parameters, lr=config.learning_rate, **settings)
@@ -34,6 +34,10 @@ def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Op
     if config.optimizer == "adamw_cpu":
         optimizer.state = {}  # the host has it, and torchao no such attribute
     return optimizer
+
+
+def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class InBackward:
@@ -80,15 +84,15 @@ def build_offload_optimizer(model: torch.nn.Module, config: OffloadConfig) -> to
         "weight_decay": config.weight_decay,
     }
     if not config.optimizer_on_cpu:
-        return torch.optim.AdamW(model.parameters(), **settings, fused=True)
+        return torch.optim.AdamW(_trained(model), **settings, fused=True)
     if config.optimizer == "deepspeed_cpu_adam":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(model.parameters(), **settings, fp32_optimizer_states=config.optimizer_states == "fp32")
+        return DeepSpeedCPUAdam(_trained(model), **settings, fp32_optimizer_states=config.optimizer_states == "fp32")
     from src.offload.overlapped_adam import FusedCpuAdam
 
     return FusedCpuAdam(
-        model.parameters(), **settings, states=config.optimizer_states, threads=config.cpu_threads, seed=config.seed
+        _trained(model), **settings, states=config.optimizer_states, threads=config.cpu_threads, seed=config.seed
     )
 
 

@@ -44,6 +44,7 @@ VARIANTS = {
     "as it is": {},
     "2 micro-batches": {"gradient_accumulation_steps": 2, "batch_size": 2},
     "other settings of Adam": {"beta_0": 0.5, "beta_1": 0.7, "weight_decay": 0.5, "gradient_clipping": 0.05},
+    "LoRA": {"lora_rank": 3},
     "other settings of ZeRO": {
         "gradient_checkpointing": False,
         "sub_group_size": 1e9,
@@ -229,6 +230,8 @@ def test_trains_as_plain_pytorch_does(trained, preset, variant):
     assert result.inputs == expected.tokens.tolist()
     assert_trained_as(result, expected)
     assert result.losses[0] == pytest.approx(math.log(499), rel=0.02)  # that of a guess
+    changed = {name for name, weights in result.after.items() if (weights != result.before[name]).any()}
+    assert changed == {name for name in result.after if variant != "LoRA" or "lora_" in name}
     if variant == "as it is" and preset == "fast":
         assert result.pending > 1  # the last step's updates had not been waited for
 

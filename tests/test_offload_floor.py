@@ -43,7 +43,8 @@ def offloaded(**fields):
 
 @pytest.mark.parametrize("gradient_checkpointing", [True, False], ids=["recompute", "keep"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_operations_are_what_a_counter_counts(tmp_path, gradient_checkpointing, tied):
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 5}, {"lora_rank": 5, "lora_targets": "attention"}], ids=str)
+def test_operations_are_what_a_counter_counts(tmp_path, gradient_checkpointing, tied, lora):
     layers, heads, head_dim = 3, 4, 12
     config = offloaded(
         model_name=write_llama_folder(tmp_path, num_hidden_layers=layers, tie_word_embeddings=tied),
@@ -53,6 +54,7 @@ def test_operations_are_what_a_counter_counts(tmp_path, gradient_checkpointing, 
         dtype="fp32",
         gradient_accumulation_steps=2,
         world_size=3,
+        **lora,
     )
     model = build_model(config, torch.device("cpu"))
     ids = torch.randint(199, (config.batch_size, config.seq_length))
@@ -65,7 +67,12 @@ def test_operations_are_what_a_counter_counts(tmp_path, gradient_checkpointing, 
     angles = config.seq_length * head_dim
     forward, backward, _ = work(model, config)
     assert forward == counted_forward.get_total_flops() - masked - angles
-    assert backward == counted_backward.get_total_flops() - (3 if gradient_checkpointing else 2) * masked
+    counted = counted_backward.get_total_flops() - (3 if gradient_checkpointing else 2) * masked
+    if lora and not gradient_checkpointing:
+        # Behind the first layer's inputs nothing is trained: the products that read them give no gradient for them.
+        first = [p for name, p in model.model.layers[0].self_attn.named_parameters() if name[0] in "qkv"]
+        counted += 2 * ids.numel() * sum(p.numel() for p in first if p.shape[1] == 48)
+    assert backward == counted
 
 
 # By hand, of tiny-llama: a layer is 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256 + 2 * 64 weights, besides are 4097 * 64.
@@ -85,6 +92,15 @@ def test_bytes_are_what_one_works_out_by_hand(model):
             "to_host": width * (LAYERS + REST),
             "adam": update * (LAYERS + REST),  # gradient, weight, and three states read and written
         }
+
+
+def test_frozen_weights_cross_to_the_gpu_alone():
+    adapters = 2 * 5 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 256))
+    config = offloaded(dtype="bf16", lora_rank=5)
+    moved = work(build_model(config, torch.device("meta")), config)[2]
+    assert moved["forward_to_gpu"] == 2 * (LAYERS + adapters + REST)
+    assert moved["backward_to_gpu"] == 2 * (LAYERS + adapters)
+    assert (moved["to_host"], moved["adam"]) == (2 * adapters, 28 * adapters)
 
 
 def test_work_is_of_one_micro_batch_and_rank_but_adams_of_the_machine(model, monkeypatch):

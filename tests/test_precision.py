@@ -13,9 +13,10 @@ from src import techniques
 from src.cli import command_line
 from src.config import RunConfig
 from src.model_utils import build_model, flops_per_step
+from src.offload_config import OffloadConfig
 from src.predict.dry_run import predict
 from src.utils import UsageError
-from tests.helpers import HUGGING_FACE, tiny_config, write_llama_folder
+from tests.helpers import ALL_KERNELS, HUGGING_FACE, assert_one_error_line, strategy_id, tiny_config, write_llama_folder
 
 CPU = torch.device("cpu")
 
@@ -117,6 +118,90 @@ def test_dry_run_lets_flce_see_autocast(tmp_path):
     assert [2 * head in sizes[mixed] for mixed in ("none", "bf16")] == [False, True]
     assert [4 * logits in sizes[mixed] for mixed in ("none", "bf16")] == [True, False]
     assert 2 * logits in sizes["bf16"]
+
+
+WIDE = {"hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4, "intermediate_size": 256}
+
+
+def four_bit_config(folder, **fields):
+    """Of a Llama whose weights torchao can quantise; of 16 x 128 tokens, so that its layers' inputs weigh something."""
+    pytest.importorskip("torchao")
+    model = write_llama_folder(folder, **WIDE)
+    usual = {"dtype": "bf16", "lora_rank": 4, "lora_base": "nf4", "batch_size": 16, "seq_length": 128}
+    return tiny_config(**{**usual, "model_name": model, **fields})
+
+
+@pytest.mark.parametrize("kernels", [HUGGING_FACE, ALL_KERNELS], ids=strategy_id)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_qlora_is_lora_on_weights_that_were_rounded_to_4_bits(tmp_path, kernels, checkpointing):
+    """Against the same adapters on weights of the values that the 4 bits stand for."""
+    usual = {"batch_size": 1, "seq_length": 16, "dtype": "fp32", "gradient_checkpointing": checkpointing}
+    config = four_bit_config(tmp_path, **usual, **kernels)
+    torch.manual_seed(0)
+    model = build_model(config, CPU)
+    torch.manual_seed(0)
+    plain = build_model(dataclasses.replace(config, lora_base="model"), CPU)
+    frozen = 0
+    for ours, theirs in zip(model.parameters(), plain.parameters()):
+        if hasattr(ours, "quantized_data"):
+            frozen += 1
+            rounded = ours.detach().to(torch.float32)
+            assert 0.05 < (rounded - theirs).norm() / theirs.norm() < 0.15
+            theirs.data.copy_(rounded)
+        elif ours.requires_grad:  # the second matrix of each adapter is zero at first
+            torch.nn.init.normal_(ours, std=0.1)
+            theirs.data.copy_(ours)
+    assert frozen == 2 * 7
+    ids, found = torch.randint(199, (1, 16)), []
+    for own in (model, plain):
+        loss = own(input_ids=ids, labels=ids).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in own.parameters() if p.requires_grad)])
+    assert len(found[0]) == 1 + 2 * 2 * 7
+    assert all(map(torch.equal, *found))
+
+
+def test_dry_run_counts_4_bit_weights_as_torchao_makes_them(tmp_path):
+    config = four_bit_config(tmp_path)
+    sizes = [
+        -(-part.untyped_storage().nbytes() // 512) * 512
+        for weight in build_model(config, CPU).parameters()
+        for part in ([getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+                     if hasattr(weight, "quantized_data") else [weight])
+    ]  # fmt: skip
+    found = predict(config, script.build_experiment)
+    assert found.breakdown["parameters"] == sum(sizes)
+    assert found.breakdown["unattributed"] < 0.01 * found.peak_bytes
+    assert found.load_peak_bytes > sum(2 * p.numel() for p in build_model(config, CPU).parameters())  # in bf16 first
+
+
+REFUSED_4_BITS = {
+    "does nothing without --lora_rank": {"lora_rank": 0},
+    "--mixed_precision none": {"dtype": "fp32", "mixed_precision": "bf16"},
+    "--compile none": {"compile": "layers"},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED_4_BITS)
+def test_4_bit_weights_that_cannot_be_are_refused(message):
+    pytest.importorskip("torchao")
+    with pytest.raises(UsageError, match=message):
+        techniques.check(RunConfig(**{"lora_rank": 4, "lora_base": "nf4"} | REFUSED_4_BITS[message]))
+
+
+def test_4_bits_of_a_weight_that_has_no_whole_blocks_are_refused(tmp_path):
+    pytest.importorskip("torchao")
+    config = tiny_config(model_name=write_llama_folder(tmp_path), dtype="bf16", lora_rank=4, lora_base="nf4")
+    with pytest.raises(UsageError, match=r"takes 16,384 numbers at a time, and self_attn.q_proj of .* has 48 x 48"):
+        build_model(config, CPU)
+
+
+@pytest.mark.parametrize("words", [["--mixed_precision", "bf16"], ["--lora_rank", "4", "--lora_base", "nf4"]])
+def test_offloaded_script_says_why_it_has_it_not(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line(None, OffloadConfig(), {}, words)
+    assert ended.value.code == 2
+    assert_one_error_line(capsys.readouterr().err, f"{words[-2]} is not for this script: DeepSpeed")
 
 
 def test_lora_settings_without_a_rank_are_refused():

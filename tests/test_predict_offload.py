@@ -113,7 +113,9 @@ def real_fetches(configs):
 @pytest.mark.usefixtures("compiled_adam")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_gather_and_let_go_what_the_simulated_one_does(folder, ranks):  # noqa: F811
-    configs = [config_of(preset, folder, batch_size=2 // ranks, world_size=ranks) for preset in PRESETS]
+    usual = {"batch_size": 2 // ranks, "world_size": ranks}
+    configs = [config_of(preset, folder, **usual) for preset in PRESETS]
+    configs += [config_of("fast", folder, **usual, lora_rank=3)]
     found = in_forks(ranks, real_fetches, configs)
     for number, config in enumerate(configs):
         rank = SimulatedRank(config, evidence.machine.H100)

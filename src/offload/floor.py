@@ -2,8 +2,8 @@
 
 A step has to do three kinds of work, and these rules say what may overlap:
 
-- the GPU multiplies: 2 operations a weight and token forward, 4 backward, 2 more where a layer is recomputed (all but
-  its last product, which nothing needs), and the products of attention;
+- the GPU multiplies: 2 operations a weight and token forward, 4 backward (2 if it is not trained), 2 more where a layer
+  is recomputed (all but its last product, which nothing needs), and the products of attention;
 - weights and gradients cross PCIe: every weight in the forward pass, every layer's again in the backward pass, every
   gradient back; multiplying and both directions overlap;
 - Adam reads and writes host memory. It needs the norm of all gradients, so it cannot start before the backward pass
@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 
 from src.experiment import Runtime
 from src.machine import local_ranks
-from src.model_utils import TORCH_DTYPES, flops_per_step, parameter_counts
+from src.model_utils import TORCH_DTYPES, adapters_of_layer, flops_of_passes, full_shape, parameter_counts
 from src.offload.team import largest
 from src.offload_config import OffloadConfig
 from src.utils import GIB
@@ -53,24 +53,29 @@ def work(model: torch.nn.Module, config: OffloadConfig) -> tuple[float, float, d
     """Operations and bytes of one micro-batch on one rank; Adam's bytes of all ranks of this machine."""
     shape = model.config
     layer, rest = parameter_counts(shape)
-    layers = layer * shape.num_hidden_layers
+    layers = (layer + adapters_of_layer(config, shape)) * shape.num_hidden_layers
+    trained = sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
     passes = config.world_size * config.gradient_accumulation_steps
-    forward = flops_per_step(model, config) / 3 / passes
-    recomputed = forward - _never_recomputed(shape) * config.tokens_per_step / passes
+    forward, backward = (flops / passes for flops in flops_of_passes(model, config))
+    recomputed = forward - _never_recomputed(shape, config) * config.tokens_per_step / passes
     recomputed *= sum(layer.gradient_checkpointing for layer in model.model.layers) / shape.num_hidden_layers
     width = TORCH_DTYPES[config.dtype].itemsize / config.world_size
     moved = {
         "forward_to_gpu": width * (layers + rest),
         "backward_to_gpu": width * layers,
-        "to_host": width * (layers + rest),
-        "adam": UPDATE_BYTES[config.optimizer_states] * (layers + rest) * local_ranks() / config.world_size,
+        "to_host": width * trained,
+        "adam": UPDATE_BYTES[config.optimizer_states] * trained * local_ranks() / config.world_size,
     }
-    return forward, 2 * forward + recomputed, moved
+    return forward, backward + recomputed, moved
 
 
-def _never_recomputed(shape: PretrainedConfig) -> int:
-    """Operations a token of the LM head and, in each layer, of the MLP's last product, whose result nothing needs."""
-    return 2 * shape.hidden_size * (shape.vocab_size + shape.num_hidden_layers * shape.intermediate_size)
+def _never_recomputed(shape: PretrainedConfig, config: OffloadConfig) -> int:
+    """Operations a token of the LM head and, in each layer, of the MLP's last product, whose result nothing needs.
+
+    Where the MLP has adapters, that is the second of an adapter's two.
+    """
+    inputs = config.lora_rank if config.lora_rank and config.lora_targets == "linear" else shape.intermediate_size
+    return 2 * shape.hidden_size * (shape.vocab_size + shape.num_hidden_layers * inputs)
 
 
 def of_run(model: torch.nn.Module, config: OffloadConfig, runtime: Runtime) -> tuple[float | None, dict | None]:

@@ -2,8 +2,9 @@
 
 from transformers import PretrainedConfig
 
+from src.architecture import one_layer_model
 from src.machine import available_host_bytes, local_ranks
-from src.model_utils import TORCH_DTYPES, parameter_counts
+from src.model_utils import TORCH_DTYPES, adapters_of_layer, parameter_counts
 from src.offload_config import OffloadConfig
 from src.utils import GIB, UsageError, ceil_div, next_power_of_two
 
@@ -20,6 +21,8 @@ def host_bytes_needed(config: OffloadConfig, model_config: PretrainedConfig) -> 
     """
     layer, rest = parameter_counts(model_config)
     layers = layer * model_config.num_hidden_layers
+    if config.lora_rank:
+        layers, rest = adapters_of_layer(config, model_config) * model_config.num_hidden_layers, 0
     count, width = ceil_div(layers + rest, config.world_size), TORCH_DTYPES[config.dtype].itemsize
     state_width = 4 if config.optimizer_states == "fp32" else 2
     ours = config.optimizer == "overlapped_cpu_adam"
@@ -36,7 +39,27 @@ def host_bytes_needed(config: OffloadConfig, model_config: PretrainedConfig) -> 
         pinned += state_width * ceil_div(layers, config.world_size)
         passing = (width + 1) * count if config.dtype == "fp16" else 0
     process = _CPU_PROCESS_BYTES if config.device == "cpu" else PROCESS_BYTES
-    return config.world_size * (states + pinned + passing + process)
+    trained = states + pinned + passing
+    if config.lora_rank:
+        frozen, passing = _frozen_bytes(config, model_config)
+        return config.world_size * (frozen + max(passing, trained) + process)
+    return config.world_size * (trained + process)
+
+
+def _frozen_bytes(config: OffloadConfig, model_config: PretrainedConfig) -> tuple[int, int]:
+    """What a rank's part of weights takes that are not trained, and what more only while they are made.
+
+    They stay as they are made, pinned one by one. The LM head is made last, in ordinary memory first; if it will be the
+    embedding, its own pinned memory stays for later use.
+    """
+    model = one_layer_model(model_config)
+    in_layer = {id(parameter) for parameter in model.model.layers[0].parameters()}
+    width, pinned = TORCH_DTYPES[config.dtype].itemsize, 0
+    for parameter in model.parameters():
+        times = model_config.num_hidden_layers if id(parameter) in in_layer else 1
+        pinned += times * next_power_of_two(width * ceil_div(parameter.numel(), config.world_size))
+    head = width * ceil_div(model.lm_head.weight.numel(), config.world_size)
+    return pinned + (next_power_of_two(head) if model_config.tie_word_embeddings else 0), head
 
 
 def check_host_memory(config: OffloadConfig, model_config: PretrainedConfig) -> None:

@@ -96,6 +96,7 @@ def unchecked(config: OffloadConfig) -> list[str]:
     found += [f"{ranks} GPUs"] if config.find_min or config.world_size > MEASURED_RANKS else []
     found += ["--ds_override's other values"] if overrides.says_more(config.ds_overrides) else []
     found += ["micro-batches"] if config.gradient_accumulation_steps > 1 else []
+    found += ["LoRA"] if config.lora_rank else []
     return found if config.model_name in MEASURED_MODELS else [*found, config.model_name]
 
 

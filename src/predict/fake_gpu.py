@@ -165,6 +165,8 @@ class FakeGpu(LiveMemory):
     def __torch_dispatch__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a tensor in parts, as a quantised one: what it does with each of them comes here
         if func in _WAITING and self.works is not None:
             self.works.append(WAIT)
         if func is aten._local_scalar_dense.default:

@@ -72,6 +72,8 @@ def check(config: Config) -> None:
         raise UsageError(reason)
     for technique in TECHNIQUES.values():
         if config.script not in technique.scripts:
+            if technique.not_offloaded and technique.differs(config):
+                raise UsageError(f"--{technique.name} is not for this script: {technique.not_offloaded}")
             continue
         missing = [TECHNIQUES[name] for name in technique.needs if not TECHNIQUES[name].is_on(config)]
         if missing and technique.differs(config):

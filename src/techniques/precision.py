@@ -28,6 +28,8 @@ MIXED_PRECISION = Technique(
     choices=("none", "bf16", "fp16"),
     scripts=("all_gpu",),
     changes_numerics=True,
+    not_offloaded="DeepSpeed's --dtype bf16 and fp16 already keep fp32 weights and states, on the host, beside "
+    "half-precision ones",
     refusal=_refusal,
     to_model=_autocast,
 )

@@ -30,6 +30,7 @@ class Technique:
     changes_numerics: bool = False  # it computes the same sums in another order, or rounds elsewhere
     liger_switch: str | None = None  # of a Liger kernel: the usual name of the switch in Liger's patch of a family
     scripts: tuple[str, ...] = ("all_gpu", "deepspeed")
+    not_offloaded: str = ""  # why the offloaded script has it not, where users may look for it there
     refusal: Callable[[Config], str | None] = lambda config: None  # why a run with it cannot be, in one line
     warning: Callable[[Config], str | None] = lambda config: None  # what a user must know before it runs, in one line
     gpu_only: Callable[[Config], bool] = lambda config: False  # whether a run with it cannot be on a CPU
