@@ -187,18 +187,23 @@ def compared():
     return {name: [c for c in own if is_large(c.run)] for name, own in evidence.timed().items()}
 
 
-@pytest.mark.parametrize("group", ["fitted", "held out", "measured later"])
-def test_steps_of_many_tokens_that_the_gpu_bounds_are_predicted_also_those_that_nothing_was_fitted_to(compared, group):
+@pytest.mark.parametrize(
+    ("group", "least"),
+    [("H100, fitted", 8), ("H100, held out", 8), ("H100, measured later", 8), ("H200, fitted", 8), ("H200, held out", 4)],
+)
+def test_steps_of_many_tokens_that_the_gpu_bounds_are_predicted_also_those_that_nothing_was_fitted_to(
+    compared, group, least
+):
     errors = [abs(c.error) for c in compared[group] if c.is_close]
-    assert len(errors) >= 8
+    assert len(errors) >= least
     assert statistics.median(errors) < 0.05
     assert max(errors) < 0.15
 
 
 def test_what_was_measured_later_is_of_no_setting_that_was_fitted():
-    places = (*evidence.FITTED_RUNS, "study/h100_single_gpu")  # of src/study/fit_rates.py's own example
+    places = (*evidence.FITTED_RUNS["h100"], "study/h100_single_gpu")  # of src/study/fit_rates.py's own example
     fitted = {setting(run) for place in places for run in finished(evidence.folder(place).records)}
-    assert not fitted & {setting(c.run) for c in evidence.timed()["measured later"]}
+    assert not fitted & {setting(c.run) for c in evidence.timed()["H100, measured later"]}
 
 
 def test_steps_that_launches_bound_are_predicted_no_worse_than_the_same_run_repeats(compared):
