@@ -167,6 +167,14 @@ def test_lines_leave_nothing_for_the_trainer_to_overwrite(tmp_path):
     assert built["model"].forward.keywords == {"chunk_mem_const": 16}
 
 
+def test_lines_for_a_folder_have_the_names_of_its_family(tmp_path):
+    transformers.Gemma2Config(num_hidden_layers=2).save_pretrained(tmp_path)
+    asked = request(model_name=str(tmp_path), gpu="h100", batch_size=1, seq_length=16, dtype="fp32")
+    code = lines.python(asked.with_settings(**liger(["swiglu", "rms_norm"]).values, attention="eager"))
+    assert '"geglu": True' in code
+    assert '"swiglu"' not in code
+
+
 def test_command_measures_what_is_advised():
     for name in SITUATIONS:
         config = answer(name).ranked[0].config
@@ -239,3 +247,12 @@ def test_mistakes_are_told_in_one_line(words, text):
     done = run_python("-m", "src.advise", "--model_name", "meta-llama/Llama-3.2-1B", *words.split())
     assert done.returncode == 2
     assert_one_error_line(done.stderr, text)
+
+
+def test_trial_without_a_gpu_says_what_it_can_do_here(tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text("[]")
+    done = run_python("-m", "src.advise.trial", table)
+    assert done.returncode == 2
+    assert_one_error_line(done.stderr, "--advise needs none")
+    assert "--measure" not in done.stderr
