@@ -27,6 +27,7 @@ from tests.advise_situations import SITUATIONS, kept, values
 from tests.helpers import assert_one_error_line, run_python, write_llama_folder
 
 KNOWN = shipped_parities()
+LLAMA_1B = "meta-llama/Llama-3.2-1B"
 
 
 @functools.cache
@@ -102,6 +103,26 @@ def test_largest_batch_is_no_smaller_than_the_one_that_was_measured():
     bigger = dataclasses.replace(first.config, batch_size=first.config.batch_size + 2)  # the search ends that close
     (after,) = kept(answer("largest batch").request)([(first.choice, bigger)])
     assert not after.fits
+
+
+@pytest.mark.parametrize(("bytes_a_token", "reserved", "most"), [(5e4, 1.0, 6), (2e5, 1.0, 13), (2e5, 1.1, 17)])
+def test_search_for_a_size_ends_close_to_the_largest_after_few_dry_runs(bytes_a_token, reserved, most):
+    asked = request(model_name=LLAMA_1B, gpu="h100", batch_size=8, seq_length=1024, goal="longest")
+    runs = []
+
+    def evaluate(trials):
+        for choice, config in trials:
+            peak = int(7 * GIB + config.tokens_per_step * bytes_a_token)
+            parts = {"parameters": 2 * GIB, "optimizer_state": 5 * GIB, "mlp": peak - 7 * GIB}
+            runs.append(
+                Outcome(choice, config, peak * reserved <= asked.limit_bytes, peak, "backward", parts, 1.0, "gpu")
+            )
+        return runs[-len(trials) :]
+
+    found = SizeSearch(asked, evaluate).run()
+    largest = min(131072, (asked.limit_bytes / reserved - 7 * GIB) / bytes_a_token / 8)
+    assert 0.97 * largest <= max(o.config.seq_length for o in found if o.fits) <= largest
+    assert len(runs) <= most
 
 
 def test_half_precision_never_takes_flces_mean_which_trains_wrongly():
