@@ -27,6 +27,7 @@ from tests.advise_situations import SITUATIONS, kept, values
 from tests.helpers import assert_one_error_line, run_python, write_llama_folder
 
 KNOWN = shipped_parities()
+LLAMA_1B = "meta-llama/Llama-3.2-1B"
 
 
 @functools.cache
@@ -104,6 +105,26 @@ def test_largest_batch_is_no_smaller_than_the_one_that_was_measured():
     assert not after.fits
 
 
+@pytest.mark.parametrize(("bytes_a_token", "reserved", "most"), [(5e4, 1.0, 6), (2e5, 1.0, 13), (2e5, 1.1, 17)])
+def test_search_for_a_size_ends_close_to_the_largest_after_few_dry_runs(bytes_a_token, reserved, most):
+    asked = request(model_name=LLAMA_1B, gpu="h100", batch_size=8, seq_length=1024, goal="longest")
+    runs = []
+
+    def evaluate(trials):
+        for choice, config in trials:
+            peak = int(7 * GIB + config.tokens_per_step * bytes_a_token)
+            parts = {"parameters": 2 * GIB, "optimizer_state": 5 * GIB, "mlp": peak - 7 * GIB}
+            runs.append(
+                Outcome(choice, config, peak * reserved <= asked.limit_bytes, peak, "backward", parts, 1.0, "gpu")
+            )
+        return runs[-len(trials) :]
+
+    found = SizeSearch(asked, evaluate).run()
+    largest = min(131072, (asked.limit_bytes / reserved - 7 * GIB) / bytes_a_token / 8)
+    assert 0.97 * largest <= max(o.config.seq_length for o in found if o.fits) <= largest
+    assert len(runs) <= most
+
+
 def test_half_precision_never_takes_flces_mean_which_trains_wrongly():
     found = answer("half precision").ranked
     assert all(o.config.flce_reduction == "sum" for o in found if o.config.flce)
@@ -165,6 +186,14 @@ def test_lines_leave_nothing_for_the_trainer_to_overwrite(tmp_path):
     assert isinstance(mlp, LigerSwiGLUMLP) or mlp.forward.args[0].__func__ is LigerSwiGLUMLP.forward
     assert mlp.forward.func is torch.utils.checkpoint.checkpoint
     assert built["model"].forward.keywords == {"chunk_mem_const": 16}
+
+
+def test_lines_for_a_folder_have_the_names_of_its_family(tmp_path):
+    transformers.Gemma2Config(num_hidden_layers=2).save_pretrained(tmp_path)
+    asked = request(model_name=str(tmp_path), gpu="h100", batch_size=1, seq_length=16, dtype="fp32")
+    code = lines.python(asked.with_settings(**liger(["swiglu", "rms_norm"]).values, attention="eager"))
+    assert '"geglu": True' in code
+    assert '"swiglu"' not in code
 
 
 def test_command_measures_what_is_advised():
@@ -239,3 +268,12 @@ def test_mistakes_are_told_in_one_line(words, text):
     done = run_python("-m", "src.advise", "--model_name", "meta-llama/Llama-3.2-1B", *words.split())
     assert done.returncode == 2
     assert_one_error_line(done.stderr, text)
+
+
+def test_trial_without_a_gpu_says_what_it_can_do_here(tmp_path):
+    table = tmp_path / "table.json"
+    table.write_text("[]")
+    done = run_python("-m", "src.advise.trial", table)
+    assert done.returncode == 2
+    assert_one_error_line(done.stderr, "--advise needs none")
+    assert "--measure" not in done.stderr

@@ -14,7 +14,7 @@ import argparse
 import sys
 
 from src import program
-from src.advise.request import GOALS, request
+from src.advise.request import GOALS, check_gpu, request
 from src.config import DTYPES
 from src.techniques.libraries import missing
 from src.utils import UsageError
@@ -50,8 +50,6 @@ def _run() -> int:
     measure = arguments.pop("measure")
     asked = request(**arguments)
     if measure:
-        from src.advise.measured import check_gpu
-
         check_gpu("without --measure all is predicted")
     # Imported here, so that --help and mistakes need not wait for PyTorch.
     from src.advise.answer import answer

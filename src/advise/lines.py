@@ -148,10 +148,18 @@ def _trainer(config: RunConfig) -> Iterator[str]:
 
 def _switches(config: RunConfig) -> str:
     """Liger's own names of the kernels, and its cross-entropy off: alone it is for models that make logits."""
-    known = families.shipped(config.model_name)
-    names = known[0].liger_switches if known else families.FAMILIES["llama"].liger_switches
+    names = _family(config).liger_switches
     switches = {names[kernel]: getattr(config, kernel) for kernel in KERNEL_NAMES if kernel in names}
     return json.dumps(switches | {"cross_entropy": False}).replace("true", "True").replace("false", "False")
+
+
+def _family(config: RunConfig) -> families.Family:
+    known = families.shipped(config.model_name)
+    if known is not None:
+        return known[0]
+    from src.model_utils import family_of, load_model_config  # they import torch, which few lines need
+
+    return family_of(load_model_config(config))
 
 
 def _after_trainer(config: RunConfig) -> Iterator[str]:

@@ -1,13 +1,11 @@
 """The first choices of an advice, measured on the GPU that is here, beside what was predicted."""
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from src import machine
 from src.advise import lines
 from src.advise.outcomes import Outcome
 from src.advise.ranking import Advice
@@ -15,7 +13,7 @@ from src.config import RunConfig
 from src.record import Record, load
 from src.study.grids import Task
 from src.study.workers import Job, what_happened
-from src.utils import GIB, UsageError, aligned_table, error_line
+from src.utils import GIB, aligned_table, error_line
 
 FIRST = 3
 LONGEST_S = 600  # of a run
@@ -40,13 +38,6 @@ class Measured(NamedTuple):
         if self.record is None or self.record.peak_memory_bytes is None:
             return None
         return self.outcome.peak_bytes / self.record.peak_memory_bytes - 1
-
-
-def check_gpu(without: str) -> None:
-    """Raises `UsageError` if there is no GPU to measure on; `without` says what can be done without one."""
-    if not machine.has_gpu():
-        raise UsageError(f"measuring needs a GPU, and there is none here: {without}")
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # look for a GPU without initialising CUDA, so that forks can
 
 
 def run_here(config: RunConfig) -> Record | None:

@@ -1,9 +1,10 @@
 """What is asked: a model, a GPU, sizes and a goal. Needs no torch, so that mistakes are told at once."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 
-from src import families, techniques
+from src import families, machine, techniques
 from src.config import RunConfig
 from src.machine import Gpu, gpu_named
 from src.offload_config import PRESETS, OffloadConfig
@@ -84,3 +85,10 @@ def request(
         raise UsageError(f"--gpu_memory_gib {gpu_memory_gib:g} has no room beside the CUDA context")
     card = dataclasses.replace(card, memory_bytes=memory)
     return Request(base, card, memory - card.context_bytes, goal)
+
+
+def check_gpu(without: str) -> None:
+    """Raises `UsageError` if there is no GPU to measure on; `without` says what can be done without one."""
+    if not machine.has_gpu():
+        raise UsageError(f"measuring needs a GPU, and there is none here: {without}")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # look for a GPU without initialising CUDA, so that forks can

@@ -75,13 +75,14 @@ class SizeSearch:
         sizes = {self._rounded(size) for size in self._next(low, high, expected)}
         return sorted(size for size in sizes if low < size < high) or [low + self._step]
 
-    def _next(self, low: int, high: int, expected: int) -> tuple[float, float]:
-        """Two sizes to try between one that fits, or 0, and one that does not."""
-        if high > 1.5 * expected and low == 0:
-            return FIRST_GUESSES[0] * expected, FIRST_GUESSES[1] * expected
+    def _next(self, low: int, high: int, expected: int) -> Sequence[float]:
+        """Sizes to try between one that fits, or 0, and one that does not: first what is expected."""
+        guesses = [share * expected for share in FIRST_GUESSES]
+        if any(low < self._rounded(guess) < high for guess in guesses):
+            return guesses
         if low == 0:
             return 0.8 * high, 0.9 * high
-        if high > 1.5 * expected:
+        if high > self._most:
             return 1.05 * low, 1.1 * low
         return low + (high - low) / 3, high - (high - low) / 3
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from src import program
+from src.advise.request import check_gpu, request
 from src.config import RunConfig
 from src.utils import GIB, UsageError, aligned_table, write_atomically
 
@@ -52,7 +53,6 @@ def advised(situation: Mapping[str, Any], gpu: str, tell: Callable[[str], None])
     """A row for each of the first choices, without measured figures."""
     from src.advise.answer import answer
     from src.advise.ranking import shipped_parities
-    from src.advise.request import request
 
     found = answer(request(gpu=gpu, **situation), shipped_parities(), tell)
     return [
@@ -134,10 +134,10 @@ def _run() -> int:
             rows += advised(situation, arguments.gpu, lambda line: print(line, file=sys.stderr, flush=True))
             _save(rows, arguments.file)
     else:
-        from src.advise.measured import check_gpu, run_here
-
         rows = _load(arguments.file)
         check_gpu("--advise needs none")
+        from src.advise.measured import run_here
+
         for row in rows:
             if row["status"] is None:
                 print(f"{row['config']['model_name']}: {row['choice']}", file=sys.stderr, flush=True)
