@@ -255,3 +255,11 @@ def test_on_a_gpu_what_fits_this_card_is_predicted_and_measured(small, monkeypat
     found = load(config.record_file).frontier
     assert asked == [(card, GIB, script.SCRIPT.simulate)]
     assert (found.limit_bytes, found.predicted, found.measured) == (GIB, 7, 6)
+
+
+def test_window_that_no_sequence_fills_changes_nothing_and_another_is_refused():
+    """Hugging Face makes a mask once a sequence is as long as the window; what attention needs then is not known."""
+    config = RunConfig(model_name="tiny-gemma3", batch_size=1, seq_length=511, **HUGGING_FACE)
+    assert predict(config, script.build_experiment).peak_bytes > 0
+    with pytest.raises(UsageError, match="a sliding window that a sequence fills, is not predicted"):
+        predict(dataclasses.replace(config, seq_length=512), script.build_experiment)

@@ -13,7 +13,9 @@ import deepspeed_liger_kernel as script
 from doc import evidence
 from src import overrides
 from src.measure.devices import HostRuntime
+from src.model_utils import load_model_config
 from src.offload import simulated
+from src.offload.host_memory import PROCESS_BYTES, host_bytes_needed
 from src.offload.simulated import SimulatedRank, unchecked
 from src.offload_config import PRESETS, OffloadConfig
 from src.predict.allocator import SimulatedOutOfMemory
@@ -21,7 +23,7 @@ from src.predict.dry_run import FakeRuntime, predict
 from src.predict.fake_machine import FakeMachine
 from src.record import load
 from src.utils import GIB, MIB, UsageError
-from tests.helpers import HUGGING_FACE, ROOT, assert_one_error_line, run_python
+from tests.helpers import HUGGING_FACE, ROOT, assert_one_error_line, run_python, write_llama_folder
 from tests.test_offload import config_of, folder, in_forks  # noqa: F401 - the fixture
 
 CASES = ROOT / "tests" / "data" / "ds"
@@ -124,6 +126,17 @@ def test_ranks_gather_and_let_go_what_the_simulated_one_does(folder, ranks):  # 
             simulated = fetches(dataclasses.replace(config, dry_run=True, device="cuda"), runtime)
         assert [own[number] for own in found] == [simulated] * ranks
         assert len(simulated[0]) > 5
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_host_check_of_frozen_weights_asks_for_what_the_simulated_ranks_take(tmp_path, tied):
+    sizes = {"vocab_size": 20000, "hidden_size": 256, "intermediate_size": 1000, "tie_word_embeddings": tied}
+    model = write_llama_folder(tmp_path, num_hidden_layers=3, num_attention_heads=8, head_dim=32, **sizes)
+    fast = PRESETS["fast"] | HUGGING_FACE
+    config = OffloadConfig(preset="fast", model_name=model, seq_length=32, lora_rank=4, world_size=2, **fast)
+    process = 2 * PROCESS_BYTES
+    found = predict(config, script.build_experiment, simulate=SimulatedRank).host_peak_bytes - process
+    assert host_bytes_needed(config, load_model_config(config)) - process == pytest.approx(found, rel=0.05)
 
 
 # Memory in two places

@@ -326,7 +326,10 @@ def _attention(
         query, key, value = (tensor.to(_autocast_dtype("cpu")) for tensor in (query, key, value))
     half = query.dtype in (torch.float16, torch.bfloat16)
     if half and attn_mask is not None:  # no record says which kernel PyTorch takes then, nor what that needs
-        raise UsageError("attention under a mask, as of a sliding window, is not predicted in half precision")
+        raise UsageError(
+            "attention under a mask, as of a sliding window that a sequence fills, is not predicted in half precision: "
+            "take a shorter --seq_length, or --attention eager"
+        )
     if half and torch.cuda.get_device_capability()[0] == 9 and query.shape[-1] <= 128:
         return aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, query.requires_grad, dropout_p, is_causal, False, scale=scale
