@@ -164,9 +164,6 @@ def test_peaks_of_techniques_differ_by_what_they_keep(tmp_path):
     whole, liger, chunked = (max(peaks(loss=loss).values()) / MIB for loss in ("model", "liger", "chunked"))
     assert whole - liger >= 64
     assert whole - chunked > 96
-    # The loss works in its logits: in both dtypes they are 96 MiB, and 48 for half of the tokens at a time.
-    at_once, apart = (peaks(loss="chunked", loss_chunks=count)["forward"] / MIB for count in (16, 8))
-    assert at_once - apart == pytest.approx(48, abs=0.5)
     # Of six inputs, four have left the GPU when the loss begins.
     here, tiled, there = (
         peaks(loss="chunked", optimizer="sgd", **own)["forward"] / MIB

@@ -82,12 +82,9 @@ class _Chunked(torch.autograd.Function):
         for rows, wanted, of_rows in zip(hidden.split(size), labels.split(size), of_hidden.split(size)):
             counted, index = (wanted != IGNORED)[:, None], wanted.clamp(min=0)[:, None]
             logits = (rows @ weight.T).float()
-            largest = logits.amax(1, keepdim=True)
-            of_wanted = logits.gather(1, index) - largest
-            # In place from here on: PyTorch's logsumexp would make all exponentials beside the logits.
-            exponentials = logits.sub_(largest).exp_().sum(1, keepdim=True)
-            total += ((exponentials.log() - of_wanted) * counted).sum()
-            logits.div_(exponentials).scatter_add_(1, index, logits.new_full((), -1.0).expand(index.shape))
+            norm = logits.logsumexp(1, keepdim=True)
+            total += ((norm - logits.gather(1, index)) * counted).sum()
+            logits.sub_(norm).exp_().scatter_add_(1, index, logits.new_full((), -1.0).expand(index.shape))
             of_logits = logits.mul_(counted).to(hidden.dtype)
             del logits
             torch.mm(of_logits, weight, out=of_rows)
