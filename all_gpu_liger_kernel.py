@@ -5,6 +5,7 @@
     python all_gpu_liger_kernel.py --batch_size 16 --memory_limit_gib 24   # what a 24 GB card would do
     python all_gpu_liger_kernel.py --dry_run                         # predict the peak; needs no GPU
     python all_gpu_liger_kernel.py --dry_run --gpu_memory_gib 24 --find_max batch_size
+    python all_gpu_liger_kernel.py --preset longest --seq_length 131072   # tokens in the hundred thousands
 
 Trains on random tokens for a few steps and reports peak memory, latency and throughput; leaves a record in results/,
 a memory snapshot in snap_shots/ and TensorBoard logs in logs/. Without a GPU it forecasts the memory and checks the
@@ -63,7 +64,8 @@ from src.cli import run
 from src.experiment import Experiment, Mark, Runtime, Script, no_mark, random_batches, set_seed
 from src.measure import measure, measure_phases
 from src.measure.devices import CudaRuntime
-from src.model_utils import build_model
+from src.model_utils import build_model, load_model_config
+from src.offload.host_memory import check_kept_on_host
 from src.offload.simulated import one_gpu
 from src.optimizer_utils import build_loss_scaler, build_optimizer
 from src.predict import dry_run, frontier
@@ -72,6 +74,7 @@ from src.record.recorder import Recorder
 
 def build_experiment(config: RunConfig, runtime: Runtime) -> Experiment:
     """Model, optimizer, fixed batches, and the step that trains on them."""
+    check_kept_on_host(config, load_model_config(config))
     set_seed(config.seed)
     model = build_model(config, runtime.device)
     optimizer = build_optimizer(model, config)
@@ -113,7 +116,8 @@ def main(config: RunConfig, planned: RunConfig | None = None) -> int:
         experiment = build_experiment(config, runtime)
         recorder.add_model(experiment, runtime)
         recorder.add_measurement(measure(experiment.step, runtime, warmup=config.warmup, iterations=config.iterations))
-        recorder.add_phases(measure_phases(experiment.step, runtime, experiment.grad_norm))
+        if config.phases:
+            recorder.add_phases(measure_phases(experiment.step, runtime, experiment.grad_norm))
     status = recorder.finish(experiment)
     if config.parity:
         del experiment  # three models come and go on the GPU now

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from src import families, machine, overrides, program, techniques
 from src.config import RunConfig
 from src.offload import ranks
-from src.offload_config import PRESETS, OffloadConfig
+from src.offload_config import OffloadConfig
 from src.techniques import KERNEL_NAMES, TECHNIQUES
 from src.utils import ExitStatus, UsageError
 
@@ -48,7 +48,7 @@ def parsed(
     ranks.check_environment(defaults.script)
     if "ds_override" in given:
         given["ds_override"] = overrides.normalised(given["ds_override"])
-    preset = PRESETS[given.get("preset", defaults.preset)] if isinstance(defaults, OffloadConfig) else {}
+    preset = defaults.presets[given.get("preset", defaults.preset)]
     planned = _complete(dataclasses.replace(defaults, **preset | given | {"device": "cuda"}), given)
     device = "cuda" if _plans(planned, given) else given.get("device", defaults.device)
     if device == "auto":

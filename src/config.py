@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from urllib.parse import quote
 
 from src.families import full_size
-from src.techniques import KERNEL_NAMES, TECHNIQUES, Technique, gpu_only, title
+from src.techniques import KERNEL_NAMES, TECHNIQUES, Technique, gpu_only, kernels_only, title
 from src.utils import UsageError, file_name
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -80,12 +80,30 @@ Techniques = dataclasses.make_dataclass(
 )
 
 
+# The study's settings, which are the defaults, and the longest sequences: what does not grow with the length, or grows
+# on the host. Explicit flags override single values of either.
+PRESETS: dict[str, dict[str, Any]] = {
+    "original": {},
+    "longest": {
+        "batch_size": 1,
+        **kernels_only(*KERNEL_NAMES),
+        "flce_tokens": 2**16,
+        "mlp_tile_tokens": 2**14,
+        "gradient_checkpointing": True,
+        "checkpoint_offload": "overlapped",
+        "attention_kept": 1024,  # in every layer
+        "optimizer_in_backward": True,
+    },
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Techniques):
-    """One run on one GPU. Field defaults are the study's settings; run names are relative to them."""
+    """One run on one GPU. Field defaults are the study's settings; run names are relative to those of the preset."""
 
     script: ClassVar[str] = "all_gpu"
     without_flag: ClassVar[frozenset[str]] = frozenset()
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     learning_rate: float = option(1e-5, "of the optimizer", tag="lr", bounds=(1e-30, 1e30))
     device: str = option("auto", "auto takes the GPU where there is one", tag="", choices=DEVICES)
@@ -96,6 +114,12 @@ class RunConfig(Techniques):
     gpu_memory_gib: float | None = option(
         None, "memory of the card that a dry run must fit into", tag="gpu", bounds=(1e-6, 2**20)
     )
+    host_memory_gib: float | None = option(
+        None,
+        "host memory that a run may take, where the system cannot say; or that of a dry run",
+        tag="host",
+        bounds=(1e-6, 2**20),
+    )
     gpu_rates: str | None = option(
         None,
         "GPU whose speed a dry run takes: a name in src/machine.py, or a file of python -m src.predict.calibrate",
@@ -105,11 +129,15 @@ class RunConfig(Techniques):
     pretrained: bool = option(False, "load the real weights, not random ones", tag="pretrained")
     seed: int = option(42, "of weights and tokens", tag="seed", bounds=(0, 2**63 - 1))
     breakdown: bool = option(True, "record one more step: the memory snapshot, and what the peak is made of")
+    phases: bool = option(True, "run one more step: each phase's peak, and the norm of the gradients")
     parity: bool = option(False, "compare the gradients with fp32's, beside Hugging Face's own error")
     result_dir: str = option("results", "where the record goes", is_place=True)
     snapshot_dir: str = option("snap_shots", "where the memory snapshot goes; '' writes none", is_place=True)
     log_dir: str = option("logs", "where TensorBoard logs and the trace go; '' writes none", is_place=True)
     debug: bool = option(False, "show the traceback of an error", is_place=True)
+    preset: str = option(
+        "original", "the study's settings, or those for the longest sequences", tag="", choices=tuple(PRESETS)
+    )
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -191,8 +219,8 @@ class RunConfig(Techniques):
         )
 
     def usual(self, f: dataclasses.Field) -> Any:
-        """The value of a field that the run name leaves out."""
-        return f.default
+        """The value of a field that the run name leaves out: that of the preset."""
+        return self.presets[self.preset].get(f.name, f.default)
 
     @property
     def run_name(self) -> str:

@@ -25,7 +25,7 @@ from src.families import FAMILIES, Family, check_name, shipped
 from src.techniques import KERNEL_NAMES, TECHNIQUES
 from src.techniques.kernels import lacking
 from src.techniques.lora import adapter_parameters
-from src.utils import UsageError, first_line
+from src.utils import UsageError, ceil_div, first_line
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -44,10 +44,12 @@ def load_model_config(config: RunConfig) -> PretrainedConfig:
         model_config = architecture.read(Path(config.model_name, "config.json"), config.model_name)
     else:
         model_config = architecture.read(_from_hub(_download_config, config.model_name), config.model_name)
+    positions = model_config.max_position_embeddings
+    model_config.max_position_embeddings = int(positions * config.rope_scaling)
     if config.seq_length > model_config.max_position_embeddings:
         raise UsageError(
-            f"--seq_length {config.seq_length} is beyond the {model_config.max_position_embeddings} positions "
-            f"of {config.model_name}"
+            f"--seq_length {config.seq_length} is beyond the {positions} positions of {config.model_name}: "
+            f"--rope_scaling {ceil_div(config.seq_length, positions)} divides them, or a shorter sequence"
         )
     family = family_of(model_config)
     if family.not_sdpa and config.attention == "sdpa":

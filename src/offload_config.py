@@ -1,6 +1,6 @@
 """What one run of the offloaded script is: `OffloadConfig`, its presets, and which script has which configuration."""
 
-import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +45,8 @@ class OffloadConfig(RunConfig):
     """One run under ZeRO-3 with everything offloaded to the CPU. Run names are relative to the preset."""
 
     script: ClassVar[str] = "deepspeed"
-    without_flag: ClassVar[frozenset[str]] = frozenset({"world_size", "gpu_rates"})
+    without_flag: ClassVar[frozenset[str]] = frozenset({"world_size", "gpu_rates", "host_memory_gib", "phases"})
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     preset: str = option("original", "the original's settings, or ours for speed", tag="", choices=tuple(PRESETS))
     world_size: int = option(1, "processes, one per GPU", tag="gpus", flags=("num_gpus",), bounds=(1, 2**20))
@@ -169,10 +170,6 @@ class OffloadConfig(RunConfig):
             f"bs{self.global_batch_size}_seq{self.seq_length}_liger_rope{self.rope:d}_silu{self.swiglu:d}"
             f"_rms{self.rms_norm:d}_flce{self.flce:d}"
         )
-
-    def usual(self, f: dataclasses.Field) -> Any:
-        """The value of a field in the run's preset."""
-        return PRESETS[self.preset].get(f.name, f.default)
 
 
 CONFIGS: dict[str, type[RunConfig]] = {config.script: config for config in (RunConfig, OffloadConfig)}

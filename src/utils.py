@@ -17,6 +17,10 @@ class UsageError(Exception):
     """A request that cannot be carried out as given. Its message says what to do; scripts exit with status 2."""
 
 
+class HostMemoryError(UsageError):
+    """The host has too little memory for a run; a smaller one may fit."""
+
+
 class ExitStatus(enum.IntEnum):
     """What a script tells the shell."""
 

@@ -22,7 +22,7 @@ from tests.helpers import ALL_KERNELS, HUGGING_FACE, ROOT
 
 BOTH = pytest.mark.parametrize("cls", CONFIGS.values(), ids=CONFIGS)
 # Fields that say where files go, how errors look or what is written about a run: not what the run is.
-NOT_IN_NAME = {"result_dir", "snapshot_dir", "log_dir", "debug", "breakdown", "parity", "step_per_print"}
+NOT_IN_NAME = {"result_dir", "snapshot_dir", "log_dir", "debug", "breakdown", "phases", "parity", "step_per_print"}
 # Values that are hard to write into a file name.
 MODELS = ["org/model", "org--model", "a_b", "a/b", "a+b", "a%2Fb", "runs/x_fp32", "..", "é" * 90]
 NUMBERS = [1.0, 11.0, 0.1, 0.1000001, 0.1 + 0.2, 0.3, 1e-5, 123456789.0, 123456790.0]

@@ -71,7 +71,7 @@ def test_operations_are_what_a_counter_counts(tmp_path, gradient_checkpointing, 
     if lora and not gradient_checkpointing:
         # Behind the first layer's inputs nothing is trained: the products that read them give no gradient for them.
         first = [p for name, p in model.model.layers[0].self_attn.named_parameters() if name[0] in "qkv"]
-        counted += 2 * ids.numel() * sum(p.numel() for p in first if 48 == p.shape[1])
+        counted += 2 * ids.numel() * sum(p.numel() for p in first if p.shape[1] == 48)
     assert backward == counted
 
 

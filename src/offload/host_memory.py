@@ -1,17 +1,70 @@
-"""Host memory that an offloaded run takes, checked before anything is built."""
+"""Host memory that a run takes beside the GPU's, checked before anything is built."""
+
+import dataclasses
 
 from transformers import PretrainedConfig
 
 from src.architecture import one_layer_model
+from src.config import RunConfig
 from src.machine import available_host_bytes, local_ranks
 from src.model_utils import TORCH_DTYPES, adapters_of_layer, parameter_counts
 from src.offload_config import OffloadConfig
-from src.utils import GIB, UsageError, ceil_div, next_power_of_two
+from src.techniques.pinned import piece_sizes
+from src.utils import GIB, HostMemoryError, UsageError, ceil_div, next_power_of_two
 
 # What a process takes besides tensors: PyTorch, CUDA's libraries, compiled kernels, and what its heap keeps. What is
 # left of the measured peaks under doc/data/, 1.3 to 2 GiB, when the tensors of a simulated run are taken from them.
 PROCESS_BYTES = 3 * GIB // 2
 _CPU_PROCESS_BYTES = GIB // 2  # without CUDA's
+
+
+def kept_on_host_bytes(config: RunConfig, shape: PretrainedConfig) -> int:
+    """What `--checkpoint_offload overlapped` and `--attention_kept` pin on one GPU's host.
+
+    Every checkpointed layer's input but the last, which stays on the GPU, and of layers that keep their attention its
+    output and, in fp32, the logarithm of each row's softmax sum.
+    """
+    if config.checkpoint_offload != "overlapped":
+        return 0
+    tokens = config.batch_size * config.seq_length
+    width, attention_width = (TORCH_DTYPES[dtype].itemsize for dtype in (config.dtype, config.compute_dtype))
+    checkpointed = range(0, shape.num_hidden_layers, config.checkpoint_every)
+    inputs = len(checkpointed) - 1
+    heads, head_dim = shape.num_attention_heads, shape.head_dim
+    attention = _pieces_bytes(tokens * heads * head_dim * attention_width) + _pieces_bytes(tokens * heads * 4)
+    kept = sum(layer < config.attention_kept for layer in checkpointed)
+    return inputs * _pieces_bytes(tokens * shape.hidden_size * width) + kept * attention
+
+
+def _pieces_bytes(count: int) -> int:
+    return sum(piece_sizes(count))
+
+
+def check_kept_on_host(config: RunConfig, shape: PretrainedConfig) -> None:
+    """Raises `HostMemoryError` if this host, or --host_memory_gib, has less memory than one GPU's run keeps there.
+
+    A dry run is of another machine, of whose host nothing is known without that flag.
+    """
+    if config.plans and config.host_memory_gib is None:
+        return
+    needed = kept_on_host_bytes(config, shape) + PROCESS_BYTES
+    asked_for = config.host_memory_gib
+    available = available_host_bytes() if asked_for is None else int(asked_for * GIB)
+    if needed <= available or needed == PROCESS_BYTES:
+        return
+    ways = ["a shorter sequence"]
+    layers = min(config.attention_kept, shape.num_hidden_layers)
+    fitting = [n for n in range(layers) if _needed_with(config, shape, n) <= available]
+    ways += [f"--attention_kept {fitting[-1]}"] if fitting else []
+    known = "--host_memory_gib says" if asked_for is not None else "are free (--host_memory_gib, if it is more)"
+    raise HostMemoryError(
+        f"{config.model_name} keeps {needed / GIB:.1f} GiB in host memory at {config.seq_length:,} tokens, and "
+        f"{available / GIB:.1f} GiB {known}: take {' or '.join(reversed(ways))}"
+    )
+
+
+def _needed_with(config: RunConfig, shape: PretrainedConfig, attention_kept: int) -> int:
+    return kept_on_host_bytes(dataclasses.replace(config, attention_kept=attention_kept), shape) + PROCESS_BYTES
 
 
 def host_bytes_needed(config: OffloadConfig, model_config: PretrainedConfig) -> int:
@@ -31,13 +84,14 @@ def host_bytes_needed(config: OffloadConfig, model_config: PretrainedConfig) -> 
     # which PyTorch keeps for later use.
     pinned = 2 * next_power_of_two(width * count) + width * count
     pinned += next_power_of_two(width * ceil_div(rest, config.world_size))
+    kept = kept_on_host_bytes(config, model_config)
     if ours:
-        passing = width * count  # the gradients' memory, before it is pinned
+        passing = max(kept, width * count)  # or the gradients' memory, before it is pinned and any step runs
     else:
         # Gradients in the master weights' dtype; in fp16 a copy and a mask of all, to look for infinities.
         pinned += next_power_of_two(state_width * ceil_div(rest, config.world_size))
         pinned += state_width * ceil_div(layers, config.world_size)
-        passing = (width + 1) * count if config.dtype == "fp16" else 0
+        passing = kept + ((width + 1) * count if config.dtype == "fp16" else 0)
     process = _CPU_PROCESS_BYTES if config.device == "cpu" else PROCESS_BYTES
     trained = states + pinned + passing
     if config.lora_rank:

@@ -27,6 +27,8 @@ from src.offload.many_ranks import only_own_pieces
 from src.offload_config import OffloadConfig
 from src.predict.fake_gpu import FakeGpu, aten
 from src.predict.fake_machine import FakeMachine
+from src.predict.live_memory import tensors_in
+from src.predict.work import NO_KERNEL, Work
 
 # Of the offloaded records under doc/data/.
 MEASURED_RANKS = 2
@@ -76,6 +78,22 @@ class SimulatedProcess(FakeMachine):
             stack.enter_context(super().active())
             yield
 
+    def begin_counting(self) -> None:
+        """What the GPU does, and that alone."""
+        self.works = []
+
+    def _note_work(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """A copy that the CPU does not wait for runs beside the step: launching it is all that the step sees of it.
+
+        Of one that it waits for no rate is known, so the step has no time.
+        """
+        places = {self.place_of(tensor).type for tensor in tensors_in([args, kwargs, result])}
+        if self.works is None or "cpu" not in places:
+            super()._note_work(func, args, kwargs, result)
+        elif "cuda" in places:
+            beside = func is aten.copy_.default and (True in args[2:] or kwargs.get("non_blocking"))
+            self._append(NO_KERNEL if beside else Work("copy", "unknown"))
+
     def host_peak_bytes(self) -> int:
         """What the tensors take there, and the process beside them."""
         return self.host.peak_bytes + PROCESS_BYTES
@@ -95,6 +113,7 @@ def unchecked(config: OffloadConfig) -> list[str]:
     ranks = f"more than {MEASURED_RANKS}" if config.find_min else config.world_size
     found += [f"{ranks} GPUs"] if config.find_min or config.world_size > MEASURED_RANKS else []
     found += ["--ds_override's other values"] if overrides.says_more(config.ds_overrides) else []
+    found += ["checkpoints on the host"] if config.checkpoint_offload != "none" else []
     found += ["micro-batches"] if config.gradient_accumulation_steps > 1 else []
     found += ["LoRA"] if config.lora_rank else []
     return found if config.model_name in MEASURED_MODELS else [*found, config.model_name]
@@ -217,7 +236,8 @@ def _nothing_compiled() -> Iterator[Any]:
     nothing = SimpleNamespace(create_adam=_Nothing, adam_update=_Nothing, destroy_adam=_Nothing)
     yield mock.patch.object(CPUAdamBuilder, "load", return_value=nothing)
     yield mock.patch.object(overlapped_adam, "_kernel", return_value=nothing)
-    yield mock.patch("torch.cuda.current_stream", _Nothing)
+    for name in ("Stream", "stream", "current_stream"):
+        yield mock.patch(f"torch.cuda.{name}", _Nothing)
 
 
 def _sound_gradients() -> Iterator[Any]:

@@ -18,30 +18,36 @@ from src.predict.dry_run import Prediction, Simulate, limit_bytes, predict
 from src.record import Frontier
 from src.record.recorder import Recorder
 from src.record.report import files_written, summary
-from src.utils import GIB, format_bytes, print_rank0
+from src.utils import GIB, HostMemoryError, format_bytes, print_rank0
 
 # Sizes are searched in these steps; GPUs in powers of two up to this.
 GRANULARITY = {"batch_size": 1, "seq_length": 128}
 MOST_GPUS = 1024
 
 
-def search(fits: Callable[[int], bool], granularity: int, largest: int) -> int:
+def search(fits: Callable[[int], bool], granularity: int, largest: int, *, roughly: bool = False) -> int:
     """The largest multiple of `granularity` up to `largest` for which `fits` holds, 0 if none.
 
-    `fits` must hold up to some size and fail beyond it. Doubles the size until it fails, then bisects.
+    `fits` must hold up to some size and fail beyond it. Doubles the size until it fails, then bisects. `roughly`:
+    beyond 256 times the granularity not every multiple is tried, but some within 1 %.
     """
     low, high = 0, 1  # in units of the granularity: `low` fits, `high` is not known to
     limit = largest // granularity
     while high <= limit and fits(high * granularity):
         low, high = high, 2 * high
     high = min(high, limit + 1)
-    while high - low > 1:
+    while high - low > (_step(low) if roughly else 1):
         middle = (low + high) // 2
         if fits(middle * granularity):
             low = middle
         else:
             high = middle
     return low * granularity
+
+
+def _step(size: int) -> int:
+    """The difference between sizes that are tried near `size`, a power of two up to a 128th of it."""
+    return 1 << max(0, size.bit_length() - 8)
 
 
 def fewest(fits: Callable[[int], bool], largest: int) -> int:
@@ -78,13 +84,17 @@ def predicted_frontier(
         except SimulatedOutOfMemory:
             _tell(f"{_name(config)} {size:,}: does not fit")
             return False
+        except HostMemoryError:
+            _tell(f"{_name(config)} {size:,}: does not fit into the host's memory")
+            return False
         _tell(f"{_name(config)} {size:,}: fits, peak {format_bytes(predictions[size].peak_bytes)}")
         return True
 
     if config.searched == "world_size":
         size = fewest(fits, MOST_GPUS)
     else:
-        size = search(fits, GRANULARITY[config.searched], largest_size(config))
+        roughly = config.searched == "seq_length"
+        size = search(fits, GRANULARITY[config.searched], largest_size(config), roughly=roughly)
     return size, predictions.get(size)
 
 
@@ -94,6 +104,7 @@ def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], ex
     A card smaller than this one is measured by capping the allocator.
     """
     granularity = GRANULARITY[config.find_max]
+    granularity *= _step(expected // granularity) if config.find_max == "seq_length" else 1
     limit = limit_bytes(config)
     quiet = dataclasses.replace(
         config,

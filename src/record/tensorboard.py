@@ -86,7 +86,7 @@ def _add_hparams(writer: SummaryWriter, config: RunConfig, record: Record) -> No
         "Kernels": record.title,  # capitals sort first
         "model": f"{config.model_name.rsplit('/')[-1].removesuffix('-Instruct')} {config.dtype}",
         "tokens": f"{config.tokens_per_step // config.seq_length} x {config.seq_length}",
-        "preset": getattr(config, "preset", "one GPU"),
+        "preset": "one GPU" if (record.script, config.preset) == ("all_gpu", "original") else config.preset,
         "optimizer": config.optimizer,
         "limit_GiB": "none" if limit is None else f"{limit:g}",
         "GPUs": f"{record.processes} x {gpu}",

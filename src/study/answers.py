@@ -38,7 +38,8 @@ GRID = tuple(Cell(name, *size) for size in _SIZES for name in TITLES.values())
 COMPARED = ("batch_size", "seq_length", *(t.name for t in TECHNIQUES.values() if t.compared))
 NOT_A_SETTING = (
     *COMPARED,
-    *("device", "dry_run", "breakdown", "parity", "iterations", "warmup", "step_per_print"),
+    *("device", "dry_run", "breakdown", "phases", "parity", "iterations", "warmup", "step_per_print"),
+    "host_memory_gib",
     *(f.name for f in dataclasses.fields(RunConfig) if f.metadata["is_place"]),
 )
 
@@ -112,6 +113,8 @@ def setting_words(record: Record) -> str:
     words = [short_model(config), config.dtype]
     if record.script == "deepspeed":
         words.append(f"{config.zero}, preset {config.preset}")
+    elif config.preset != "original":
+        words.append(f"preset {config.preset}")
     words.append("gradient checkpointing" if config.gradient_checkpointing else "no checkpointing")
     words.append(machine(record))
     if config.memory_limit_gib is not None:

@@ -93,7 +93,7 @@ def differences(a: Record, b: Record) -> list[tuple[str, str, str]]:
 def _settings_of(record: Record) -> dict[str, None]:
     """Names of settings to compare. What is usual of one script is no difference from the other, which has none."""
     fields = [f for f in dataclasses.fields(record.run) if not f.metadata["is_place"] and f.name != "device"]
-    shared = {f.name for f in dataclasses.fields(RunConfig)} | {"preset"}
+    shared = {f.name for f in dataclasses.fields(RunConfig)}
     fields = [f for f in fields if f.name in shared or getattr(record.run, f.name) != record.run.usual(f)]
     return {f.name: None for f in fields if f.name not in KERNEL_NAMES}
 

@@ -14,12 +14,23 @@ from src.techniques.kernels import KERNELS, lacking
 from src.techniques.lora import LORA
 from src.techniques.losses import LOSSES
 from src.techniques.optimizers import OPTIMIZERS
+from src.techniques.positions import ROPE_SCALING
 from src.techniques.precision import MIXED_PRECISION
 from src.techniques.technique import Config, Model, Technique
 from src.utils import UsageError
 
 # In the order in which they change a model.
-REGISTRY = (*KERNELS, *LORA, *LOSSES, *CHECKPOINTING, *OPTIMIZERS, ATTENTION, MIXED_PRECISION, *COMPILATION)
+REGISTRY = (
+    *KERNELS,
+    *LORA,
+    *LOSSES,
+    *CHECKPOINTING,
+    *OPTIMIZERS,
+    ATTENTION,
+    ROPE_SCALING,
+    MIXED_PRECISION,
+    *COMPILATION,
+)
 TECHNIQUES: dict[str, Technique] = {t.name: t for t in REGISTRY}
 KERNEL_NAMES = tuple(t.name for t in TECHNIQUES.values() if t.is_kernel)
 

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from src.techniques.technique import Config, Model, Technique
+from src.techniques.technique import Config, Model, Technique, not_measured
 
 
 def _checkpoint(model: Model, config: Config) -> None:
@@ -22,9 +22,10 @@ def _checkpoint(model: Model, config: Config) -> None:
     if config.checkpoint_offload == "overlapped":
         from src.techniques.host_checkpoints import HostCheckpoints
 
-        call = functools.partial(HostCheckpoints().call, **kwargs)
-        for layer in model.model.layers:
-            layer._gradient_checkpointing_func = call
+        kept = HostCheckpoints(ahead=not config.attention_kept)
+        for index, layer in enumerate(model.model.layers):
+            keeps = index < config.attention_kept
+            layer._gradient_checkpointing_func = functools.partial(kept.call, keep_attention=keeps, **kwargs)
 
 
 def _checkpoint_mlps(model: Model, every: int, kwargs: dict[str, Any]) -> None:
@@ -35,6 +36,13 @@ def _checkpoint_mlps(model: Model, every: int, kwargs: dict[str, Any]) -> None:
 
 
 def _tile(model: Model, config: Config) -> None:
+    """By number with Liger's function, by size with ours, which an optimizer in the backward pass can use."""
+    if config.mlp_tile_tokens:
+        from src.techniques.tiles import in_tiles
+
+        for layer in model.model.layers:
+            weights = [weight for weight in layer.mlp.parameters() if weight.requires_grad]
+            layer.mlp.forward = functools.partial(in_tiles, layer.mlp.forward, weights, config.mlp_tile_tokens)
     if config.mlp_tiles == 1:
         return
     from liger_kernel.ops import apply_tiled_mlp
@@ -55,6 +63,8 @@ def _refusal_of_offload(config: Config) -> str | None:
         return None
     if config.checkpoint_part == "mlp":
         return "--checkpoint_offload moves the layers' inputs, which --checkpoint_part mlp does not keep"
+    if config.checkpoint_offload == "blocking" and config.script != "all_gpu":
+        return "--checkpoint_offload blocking is for one GPU: overlapped"
     if config.cuda_graph:
         return "--checkpoint_offload waits for copies, which --cuda_graph 1 cannot hold"
     return None
@@ -63,6 +73,20 @@ def _refusal_of_offload(config: Config) -> str | None:
 def _refusal_of_tiles(config: Config) -> str | None:
     if config.mlp_tiles > 1 and config.optimizer_in_backward:
         return "--mlp_tiles adds up the MLPs' gradients tile by tile: --optimizer_in_backward 1 would take a part"
+    if config.mlp_tiles > 1 and config.mlp_tile_tokens:
+        return "--mlp_tiles says how many pieces, --mlp_tile_tokens how large they are: one of them"
+    return None
+
+
+def _refusal_of_kept_attention(config: Config) -> str | None:
+    if not config.attention_kept:
+        return None
+    if config.checkpoint_offload != "overlapped":
+        return "--attention_kept keeps it on the host, with --checkpoint_offload overlapped"
+    if config.attention != "sdpa":
+        return f"--attention_kept keeps what --attention sdpa returns, not {config.attention}"
+    if config.device == "cuda" and config.compute_dtype == "fp32":
+        return "--attention_kept needs bf16 or fp16: in fp32 attention is no fused kernel"
     return None
 
 
@@ -79,6 +103,17 @@ CHECKPOINTING = (
         changes_numerics=True,
         refusal=_refusal_of_tiles,
         to_model=_tile,
+    ),
+    Technique(
+        name="mlp_tile_tokens",
+        default=0,
+        help="tiled MLP with pieces of so many tokens, whatever the length; 0: in one piece",
+        tag="tiletokens",
+        bounds=(0, 2**31),
+        scripts=("all_gpu",),
+        compared=True,
+        changes_numerics=True,
+        warning=not_measured("mlp_tile_tokens"),
     ),
     Technique(
         name="gradient_checkpointing",
@@ -112,10 +147,20 @@ CHECKPOINTING = (
         help="keep the layers' inputs on the host: blocking, as transformers copies them, or overlapped with the step",
         tag="offload-",
         choices=("none", "blocking", "overlapped"),
-        scripts=("all_gpu",),
         needs=("gradient_checkpointing",),
         compared=True,
         refusal=_refusal_of_offload,
         gpu_only=lambda config: config.checkpoint_offload == "blocking",
+    ),
+    Technique(
+        name="attention_kept",
+        default=0,
+        help="in the first N layers what attention returned is kept on the host, too, and attention not computed again",
+        tag="keptattention",
+        bounds=(0, 1024),
+        needs=("gradient_checkpointing", "checkpoint_offload"),
+        compared=True,
+        warning=not_measured("attention_kept"),
+        refusal=_refusal_of_kept_attention,
     ),
 )

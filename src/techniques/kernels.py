@@ -3,10 +3,12 @@
 import inspect
 import sys
 from collections.abc import Collection
+from types import MethodType
 from typing import Any
 
 from src.families import Family
-from src.techniques.technique import Config, Model, Technique
+from src.techniques.technique import Config, Model, Technique, not_measured
+from src.utils import UsageError
 
 
 def _rotary(model: Model) -> object:
@@ -48,6 +50,28 @@ def _underflow(config: Config) -> str | None:
         "fp16 with FLCE's mean trains wrongly: gradients are divided by the number of tokens before the loss scale "
         "lifts them, and underflow; --flce_reduction sum does not, nor does --dtype bf16"
     )
+
+
+def _in_pieces(model: Model, config: Config) -> None:
+    """Where there are no more tokens than a piece has, Liger's own forward pass stays."""
+    tokens = config.batch_size * config.seq_length
+    if not config.flce_tokens or tokens <= config.flce_tokens:
+        return
+    from src.techniques.loss_functions import flce, forward_with
+
+    refuse_changed_logits(model, "--flce_tokens", instead="--flce_tokens 0")
+    model.forward = MethodType(forward_with(flce, {"tokens": config.flce_tokens}), model)
+
+
+# What a model does to its logits before the loss, which a loss of its hidden states leaves out.
+_ON_LOGITS = ("final_logit_softcapping", "logits_scaling")
+
+
+def refuse_changed_logits(model: Model, flag: str, instead: str) -> None:
+    """Raises `UsageError` if a model changes its logits before the loss."""
+    shape = model.config
+    if changed := [name for name in _ON_LOGITS if getattr(shape, name, None) not in (None, 1.0)]:
+        raise UsageError(f"{flag} leaves out the {changed[0]} of {shape.model_type} models: {instead}")
 
 
 KERNELS = (
@@ -130,5 +154,18 @@ KERNELS = (
         needs=("flce",),
         changes_numerics=True,
         forward_arguments=_accumulation,
+    ),
+    Technique(
+        name="flce_tokens",
+        default=0,
+        help="FLCE of so many tokens at a time, so that its logits do not grow with their number; 0: of all at once",
+        tag="flcetokens",
+        bounds=(0, 2**31),
+        scripts=("all_gpu",),
+        needs=("flce",),
+        compared=True,
+        changes_numerics=True,
+        warning=not_measured("flce_tokens"),
+        to_model=_in_pieces,
     ),
 )

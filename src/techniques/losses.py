@@ -3,13 +3,13 @@
 from types import MethodType
 from typing import Any
 
+from src.techniques.kernels import refuse_changed_logits
 from src.techniques.libraries import missing
 from src.techniques.technique import Config, Model, Technique
 from src.utils import UsageError
 
 _LIBRARIES = {"cce": "cut_cross_entropy", "cce_filtered": "cut_cross_entropy"}
-# What a model does to its logits before the loss, which these losses leave out.
-_ON_LOGITS = ("final_logit_softcapping", "logits_scaling")
+_LARGEST_CUT = 2**31  # numbers that Cut Cross-Entropy's kernels can address: tokens x width
 
 
 def _refusal(config: Config) -> str | None:
@@ -39,9 +39,13 @@ def _set_loss(model: Model, config: Config) -> None:
     if config.loss == "liger":
         model.loss_function = loss_functions.liger
         return
-    shape = model.config
-    if changed := [name for name in _ON_LOGITS if getattr(shape, name, None) not in (None, 1.0)]:
-        raise UsageError(f"--loss {config.loss} leaves out the {changed[0]} of {shape.model_type} models: --loss liger")
+    refuse_changed_logits(model, f"--loss {config.loss}", instead="--loss liger")
+    tokens, width = config.batch_size * config.seq_length, model.config.hidden_size
+    if config.loss in _LIBRARIES and tokens * width > _LARGEST_CUT:
+        raise UsageError(
+            f"--loss {config.loss} counts in 32 bits, too few for {tokens:,} tokens x {width:,}: at most "
+            f"{_LARGEST_CUT // width:,} tokens, or another loss"
+        )
     loss = loss_functions.OF_HIDDEN[config.loss]
     settings: dict[str, Any] = {"chunks": config.loss_chunks} if config.loss == "chunked" else {}
     model.forward = MethodType(loss_functions.forward_with(loss, settings), model)
