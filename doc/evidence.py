@@ -180,7 +180,7 @@ def peaks() -> dict[str, Record]:
 
 @functools.cache
 def peers() -> dict[str, tuple[pareto.Group, pareto.Choices]]:
-    """Size, and the model if it is another than the study's -> everything that was turned on at that size, on an H100."""
+    """Size, and the model if it is another than the study's -> everything that was turned on there, on an H100."""
     found = pareto.choices(folder("h100_peers").records)
     ordered = sorted(found, key=lambda g: (g.config.model_name != RunConfig.model_name, g.sequences))
     models = ["" if g.config.model_name == RunConfig.model_name else f"{short_model(g.config)}, " for g in ordered]

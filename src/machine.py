@@ -47,6 +47,7 @@ _HOPPER = {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 66.9e12}
 _A100 = {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, _HOPPER, 3.35e12, memory_bytes=85017493504, word="h100", sheet_gib=80)
+H200 = Gpu("NVIDIA H200", (9, 0), 132, _HOPPER, 4.8e12, memory_bytes=150109880320, word="h200")
 _H100_PCIE = {"bf16": 756e12, "fp16": 756e12, "fp32": 51.2e12}
 _RTX_4090 = {"bf16": 165.2e12, "fp16": 165.2e12, "fp32": 82.6e12}
 _RTX_3090 = {"bf16": 71e12, "fp16": 71e12, "fp32": 35.6e12}
@@ -56,7 +57,7 @@ GPUS: dict[str, Gpu] = {
     for gpu in (
         H100,
         Gpu("NVIDIA H100 PCIe", (9, 0), 114, _H100_PCIE, 2e12, word="h100-pcie", sheet_gib=80),
-        Gpu("NVIDIA H200", (9, 0), 132, _HOPPER, 4.8e12, memory_bytes=150109880320, word="h200"),
+        H200,
         Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, _A100, 1.555e12, word="a100-40gb", sheet_gib=40),
         Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, _A100, 2.039e12, word="a100", sheet_gib=80),
         Gpu("NVIDIA A100-PCIE-40GB", (8, 0), 108, _A100, 1.555e12, word="a100-pcie-40gb", sheet_gib=40),

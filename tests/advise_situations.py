@@ -48,7 +48,7 @@ def kept(asked):
 
 
 def _key(asked, config):
-    return f"{asked.card.name}, {asked.limit_bytes} bytes: {config.run_name}"
+    return f"{asked.card.name}, {asked.room_bytes} bytes: {config.run_name}"
 
 
 def values(outcome):
@@ -62,7 +62,7 @@ def main():
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
     for name in sys.argv[1:] or SITUATIONS:
         asked = request(**SITUATIONS[name])
-        with side_by_side(asked.card, asked.limit_bytes) as evaluate:
+        with side_by_side(asked.card, asked.room_bytes) as evaluate:
 
             def keep(trials, asked=asked, evaluate=evaluate):
                 outcomes = evaluate(trials)

@@ -11,7 +11,7 @@ from liger_kernel.transformers import LigerSwiGLUMLP
 
 from doc import evidence
 from src.advise import lines, measured
-from src.advise.levers import CUDA_GRAPH, LARGER_CHUNKS, LORA, MLP_CHECKPOINTING, OFFLOAD, Choice, liger
+from src.advise.levers import CHECKPOINTING, CUDA_GRAPH, LARGER_CHUNKS, LORA, MLP_CHECKPOINTING, OFFLOAD, Choice, liger
 from src.advise.outcomes import Outcome, outcome, side_by_side
 from src.advise.ranking import ALIKE, advice, shipped_parities, why
 from src.advise.report import report
@@ -91,15 +91,18 @@ def test_small_card_takes_the_least_change_that_fits():
     found = answer("small card")
     assert not found.plain.fits
     assert found.ranked[0].choice.effort == min(o.choice.effort for o in found.ranked) == 1
-    assert found.ranked[0].peak_bytes <= found.request.limit_bytes
+    assert found.ranked[0].peak_bytes <= found.request.room_bytes
     more = answer("twice the batch")  # on record: neither checkpointing nor the kernels alone are enough there
     assert more.ranked[0].choice.effort > 1
 
 
-def test_largest_batch_is_no_smaller_than_the_one_that_was_measured():
+def test_largest_batch_is_the_one_that_was_measured_but_for_the_memory_that_advice_leaves_free():
     frontier = next(r.frontier for r in evidence.folder("h100_single_gpu").records if r.frontier and r.run.flce)
-    first = answer("largest batch").ranked[0]
-    assert first.config.batch_size >= frontier.measured
+    found = answer("largest batch")
+    same = next(o for o in found.ranked if o.choice.has(CHECKPOINTING) and not o.config.optimizer_in_backward)
+    assert 0.9 * frontier.measured <= same.config.batch_size <= frontier.measured
+    first = found.ranked[0]
+    assert first.config.batch_size >= same.config.batch_size
     bigger = dataclasses.replace(first.config, batch_size=first.config.batch_size + 2)  # the search ends that close
     (after,) = kept(answer("largest batch").request)([(first.choice, bigger)])
     assert not after.fits
@@ -115,12 +118,12 @@ def test_search_for_a_size_ends_close_to_the_largest_after_few_dry_runs(bytes_a_
             peak = int(7 * GIB + config.tokens_per_step * bytes_a_token)
             parts = {"parameters": 2 * GIB, "optimizer_state": 5 * GIB, "mlp": peak - 7 * GIB}
             runs.append(
-                Outcome(choice, config, peak * reserved <= asked.limit_bytes, peak, "backward", parts, 1.0, "gpu")
+                Outcome(choice, config, peak * reserved <= asked.room_bytes, peak, "backward", parts, 1.0, "gpu")
             )
         return runs[-len(trials) :]
 
     found = SizeSearch(asked, evaluate).run()
-    largest = min(131072, (asked.limit_bytes / reserved - 7 * GIB) / bytes_a_token / 8)
+    largest = min(131072, (asked.room_bytes / reserved - 7 * GIB) / bytes_a_token / 8)
     assert 0.97 * largest <= max(o.config.seq_length for o in found if o.fits) <= largest
     assert len(runs) <= most
 
@@ -144,7 +147,7 @@ def test_small_model_is_better_off_without_flce_as_on_record():
 
 def test_weights_and_states_that_no_card_holds_go_to_the_host_before_anything_is_trained_otherwise():
     found = answer("too large a model")
-    assert resident_bytes(found.plain) > found.request.limit_bytes
+    assert resident_bytes(found.plain) > found.request.room_bytes
     first, *others = found.ranked
     assert first.choice.has(OFFLOAD)
     assert first.seconds is None  # what the host does has no rates
@@ -160,7 +163,7 @@ def test_whole_answer_is_marked_predicted_and_its_lines_can_be_run(name):
     found = answer(name)
     text = report(found, KNOWN)
     assert "All figures are predicted" in text
-    assert all(o.fits and o.peak_bytes <= found.request.limit_bytes for o in found.ranked)
+    assert all(o.fits and o.peak_bytes <= found.request.room_bytes for o in found.ranked)
     for choice in found.pareto:
         code = lines.python(choice.config)
         compile(code.replace("...", "None"), "advice", "exec")
@@ -208,7 +211,7 @@ def test_command_measures_what_is_advised():
 def test_kept_dry_runs_are_those_of_today():
     asked = request(**SITUATIONS["tiny"])
     first = answer("tiny").ranked[0]
-    assert values(outcome((first.choice, first.config), asked.card, asked.limit_bytes)) == values(first)
+    assert values(outcome((first.choice, first.config), asked.card, asked.room_bytes)) == values(first)
 
 
 def test_of_times_that_no_prediction_tells_apart_the_least_change_is_first():
@@ -243,7 +246,7 @@ def test_dry_runs_side_by_side_are_those_of_one_process_and_what_cannot_be_predi
     asked = request(**SITUATIONS["tiny"])
     first = answer("tiny").ranked[0]
     wrong = dataclasses.replace(first.config, compile="layers", rms_norm=False, gradient_checkpointing=False)
-    with side_by_side(asked.card, asked.limit_bytes) as evaluate:
+    with side_by_side(asked.card, asked.room_bytes) as evaluate:
         found = evaluate([(first.choice, first.config), (Choice(), dataclasses.replace(wrong, model_name="nothing"))])
     assert values(found[0]) == values(first)
     assert isinstance(found[1], UsageError)

@@ -4,7 +4,7 @@ from src.advise import lines
 from src.advise.levers import UNPREDICTED
 from src.advise.outcomes import Outcome
 from src.advise.ranking import Advice, Known, parity_of, why
-from src.advise.request import GOALS, Request
+from src.advise.request import GOALS, LEFT_FREE, Request
 from src.predict.rates import rates_asked_for
 from src.study.pareto import changes_numerics
 from src.utils import GIB, aligned_table
@@ -36,7 +36,8 @@ def head(request: Request) -> str:
     source = _RATES_UNKNOWN if rates is None else f"times by rates: {rates.source}"
     return (
         f"{model}, {base.batch_size} x {base.seq_length:,} tokens, {base.dtype}, on an {card.name} with "
-        f"{request.limit_bytes / GIB:.1f} GiB for PyTorch. Wanted: {GOALS[request.goal]}.\n"
+        f"{request.limit_bytes / GIB:.1f} GiB for PyTorch, of which {LEFT_FREE:.0%} are left free. "
+        f"Wanted: {GOALS[request.goal]}.\n"
         f"All figures are predicted ({source})."
     )
 

@@ -46,7 +46,7 @@ class Search:
 
     def _second_round(self) -> list[Choice]:
         first = self.outcomes[self.liger]
-        if not first.fits and resident_bytes(first) >= self.request.limit_bytes:
+        if not first.fits and resident_bytes(first) >= self.request.room_bytes:
             return []  # nothing that is computed again, and no other loss, makes room for what is always there
         choices = [self._with(CHECKPOINTING)]
         if not self.outcomes[self.plain].fits:

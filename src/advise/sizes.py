@@ -54,7 +54,7 @@ class SizeSearch:
         weights, states = far.breakdown["parameters"], far.breakdown["optimizer_state"]
         resident = weights + states + (0 if far.config.optimizer_in_backward else weights)
         size = getattr(far.config, self.request.searched)
-        return max(int(size * (self.request.limit_bytes - resident) / max(far.peak_bytes - resident, 1)), 0)
+        return max(int(size * (self.request.room_bytes - resident) / max(far.peak_bytes - resident, 1)), 0)
 
     def _narrow(self, choice: Choice, expected: int, others: dict[Choice, float]) -> None:
         """Close in on the limit of a choice; takes the others along until they fit."""

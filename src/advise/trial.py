@@ -1,7 +1,7 @@
 """Advice put to the test: twelve situations that no record has, their first two choices predicted and then measured.
 
-    python -m src.advise.trial table.json --advise       # anywhere: asks for advice, and keeps what is predicted
-    python -m src.advise.trial table.json                # on the GPU: measures what has no figures yet
+    python -m src.advise.trial table.jsonl --advise      # anywhere: asks for advice, and keeps what is predicted
+    python -m src.advise.trial table.jsonl               # on the GPU: measures what has no figures yet
 
 The second goes on where it was stopped: the file is written after each run.
 """
@@ -20,7 +20,7 @@ from src.config import RunConfig
 from src.utils import GIB, UsageError, aligned_table, write_atomically
 
 CHOICES = 2  # of each situation
-WARMUP, ITERATIONS = 2, 5  # of each measurement
+WARMUP, ITERATIONS = 3, 5  # of each measurement; a CUDA graph needs three steps before it is timed
 
 _1B, _3B, _8B = (f"meta-llama/Llama-3.{size}" for size in ("2-1B", "2-3B", "1-8B"))
 
@@ -110,12 +110,14 @@ def table(rows: list[Row]) -> str:
 
 
 def _save(rows: list[Row], file: Path) -> None:
-    write_atomically(file, lambda path: path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8"))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _load(file: Path) -> list[Row]:
+def load_rows(file: Path) -> list[Row]:
+    """The rows of a table. Raises `UsageError` if it is none."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: no table of --advise ({error})") from error
 
@@ -124,7 +126,7 @@ def _run() -> int:
     parser = program.Parser(
         prog="python -m src.advise.trial", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the table, as JSON")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the table, a row of JSON a line")
     parser.add_argument("--advise", action="store_true", help="ask for advice, and begin the table")
     parser.add_argument("--gpu", default="h100", help="the GPU that will measure (default: %(default)s)")
     arguments = parser.parse_args()
@@ -134,7 +136,7 @@ def _run() -> int:
             rows += advised(situation, arguments.gpu, lambda line: print(line, file=sys.stderr, flush=True))
             _save(rows, arguments.file)
     else:
-        rows = _load(arguments.file)
+        rows = load_rows(arguments.file)
         check_gpu("--advise needs none")
         from src.advise.measured import run_here
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from src.machine import GPUS, H100, Gpu, gpu_named
+from src.machine import GPUS, H100, H200, Gpu, gpu_named
 from src.model_utils import TORCH_DTYPES
 from src.predict.work import Work
 from src.utils import UsageError, first_line
@@ -75,10 +75,20 @@ FITTED = Rates(
 )
 
 
+# The same processor beside faster memory: only that rate was fitted (`--only memory_bytes`).
+FITTED_H200 = dataclasses.replace(
+    FITTED,
+    gpu=H200.name,
+    source="those of an H100, with memory's fitted to steps measured on an H200",
+    memory_bytes=2.98e12,
+)
+
+
 def of_card(card: Gpu) -> Rates | None:
     """The rates of a GPU: fitted, or the shares of its data sheet that an H100 reaches; None where that is unknown."""
-    if card.name == FITTED.gpu:
-        return FITTED
+    for fitted in (FITTED, FITTED_H200):
+        if card.name == fitted.gpu:
+            return fitted
     card = GPUS.get(card.name, card)  # what PyTorch tells of a GPU has no data sheet
     if card.peak_flops is None or card.memory_bytes_per_s is None:
         return None

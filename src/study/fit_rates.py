@@ -3,8 +3,11 @@
     python -m src.study.fit_rates doc/data/h100_single_gpu doc/data/h100_techniques doc/data/study/h100_single_gpu \\
         --unseen doc/data/h200_single_gpu --file rates.json
 
+    python -m src.study.fit_rates doc/data/h200_single_gpu doc/data/h200_peers --only memory_bytes
+
 Simulates every measured setting anew: a quarter of an hour for those above. A fifth of the settings, chosen by a hash
-of their names, is kept out of the fit and reported apart, and so is the folder of another GPU, if there is one.
+of their names, is kept out of the fit and reported apart, and so is the folder of another GPU, if there is one. With
+--only all other rates are those known of the GPU.
 """
 
 import argparse
@@ -98,9 +101,15 @@ def summary(name: str, found: Sequence[Compared]) -> tuple[str, ...]:
     return name, str(len(found)), f"{statistics.median(errors):.1%}", f"{max(errors):.1%}", named
 
 
-def fit(predict: Callable[[Rates, Record], float], runs: Sequence[Record], start: Rates) -> Rates:
-    """The rates whose predictions come closest, by Gauss and Newton's method on the logarithms of rates and times."""
+def fit(
+    predict: Callable[[Rates, Record], float], runs: Sequence[Record], start: Rates, only: Collection[str] = ()
+) -> Rates:
+    """The rates whose predictions come closest, by Gauss and Newton's method on the logarithms of rates and times.
+
+    `only` names those that may change; all of them if it is empty.
+    """
     logs = np.log(_numbers(start))
+    free = np.eye(len(logs))[[not only or name in only for name in FITTED_NAMES]]
 
     def errors(at: np.ndarray) -> np.ndarray:
         own = _rates(np.exp(at), start)
@@ -108,9 +117,9 @@ def fit(predict: Callable[[Rates, Record], float], runs: Sequence[Record], start
 
     for _ in range(STEPS):
         now = errors(logs)
-        slopes = np.stack([(errors(logs + step) - now) / 0.01 for step in np.eye(len(logs)) * 0.01], axis=1)
+        slopes = np.stack([(errors(logs + step) - now) / 0.01 for step in free * 0.01], axis=1)
         weights = (1 + (now / CLOSE) ** 2) ** -0.25  # the square roots of soft L1's
-        logs = logs + np.linalg.lstsq(slopes * weights[:, None], -now * weights)[0].clip(-0.3, 0.3)
+        logs = logs + np.linalg.lstsq(slopes * weights[:, None], -now * weights)[0].clip(-0.3, 0.3) @ free
     return _rates(np.exp(logs), start)
 
 
@@ -124,6 +133,7 @@ _SINGLE = (
     "triton_s",
     "checkpointed_s",
 )
+FITTED_NAMES = ("matmul_flops of 16 bits", "matmul_flops of fp32", *_SINGLE)
 
 
 def _numbers(rates: Rates) -> list[float]:
@@ -182,6 +192,9 @@ def _parsed() -> argparse.Namespace:
     )
     parser.add_argument("folders", type=Path, nargs="+", help="records of one GPU; each folder a machine and its days")
     parser.add_argument("--unseen", type=Path, nargs="*", default=[], help="records of another GPU, to predict only")
+    parser.add_argument(
+        "--only", choices=_SINGLE, nargs="*", default=(), help="the rates that may change (default: all)"
+    )
     parser.add_argument("--file", type=Path, help="the JSON to write the rates to, for --gpu_rates")
     return parser.parse_args()
 
@@ -204,7 +217,8 @@ def _run() -> int:
         return step_time(works[setting(run)], rates)
 
     start = of_card(GPUS.get(runs[0][1].environment.gpu, H100)) or FITTED
-    rates = fit(lambda rates, run: time(rates, run).seconds, [run for _, run in runs if not is_held_out(run)], start)
+    training = [run for _, run in runs if not is_held_out(run)]
+    rates = fit(lambda rates, run: time(rates, run).seconds, training, start, arguments.only)
     print(*dataclasses.asdict(rates).items(), sep="\n")
     if arguments.file:
         save(rates, arguments.file)
