@@ -17,6 +17,7 @@ from src.config import DTYPES, RunConfig
 from src.explain.reading import read
 from src.explain.timeline import Timeline
 from src.families import SHAPES
+from src.machine import H100
 from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
 from src.offload_config import PRESETS, OffloadConfig
 from src.record import Record, load, load_and_tell
@@ -184,6 +185,27 @@ def peers() -> dict[str, tuple[pareto.Group, pareto.Choices]]:
     ordered = sorted(found, key=lambda g: (g.config.model_name != RunConfig.model_name, g.sequences))
     models = ["" if g.config.model_name == RunConfig.model_name else f"{short_model(g.config)}, " for g in ordered]
     return {f"{model}{g.sequences} x {g.seq_length}": (g, found[g]) for model, g in zip(models, ordered)}
+
+
+# What the first page names of everything that was run at 32 x 1024, in its words.
+HEADLINE = {
+    "No Liger": "Hugging Face's code",
+    "Liger w/o FLCE": "all Liger kernels but FLCE",
+    "All Liger": "all Liger kernels",
+    "All Liger, no checkpointing": "all Liger kernels, no checkpointing",
+    "flce only, no checkpointing, flce_chunks 16, compile layers": "FLCE in larger pieces, layers compiled, no checkpointing",
+}
+
+
+@functools.cache
+def headline() -> tuple[pareto.Choices, dict[str, pareto.Point]]:
+    """Everything that ran at 32 x 1024 on the H100, and of it what `HEADLINE` names, with the speeds of all its runs."""
+    runs = [r for r in listed(DATA, "all_gpu") if r.environment.gpu == H100.name]
+    (own,) = (own for g, own in pareto.choices(runs).items() if g[:3] == (RunConfig(), 32, 1024))
+    labels = {own.label(point.record): point for point in own.points}
+    if missing := HEADLINE.keys() - labels.keys():
+        raise UsageError(f"no run at 32 x 1024 of {', '.join(missing)}")
+    return own, {words: labels[label] for label, words in HEADLINE.items()}
 
 
 def share(record: Record, *categories: str) -> float:

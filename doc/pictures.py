@@ -33,6 +33,7 @@ LOOKS["white"] = ("white", {"color": "white", "weight": "bold", "fontsize": 9.5}
 def all_figures() -> Iterator[tuple[str, Figure]]:
     """File names and figures of everything that the report and the slides show."""
     h100 = evidence.folder("h100_single_gpu")
+    yield "first_page.png", first_page()
     yield "memory_by_batch.png", memory_by_batch(h100)
     yield "fusion.png", diagram("fusion")
     yield "chunks.png", diagram("chunks")
@@ -80,6 +81,60 @@ def _grouped(axes: Axes, groups: Sequence[str], series: dict[str, tuple[str, Seq
         axes.bar_label(bars, [form.format(value) for value in values], padding=2, fontsize=8)
     axes.set_xticks(range(len(groups)), groups, fontsize=9)
     axes.legend(frameon=False, fontsize=9)
+
+
+# Beside points of the first page's picture: further words, or the same in two lines; where, in points of type.
+LABELS = {
+    "No Liger": ("Hugging Face's code", -6, -4, "right"),
+    "Liger w/o FLCE": ("all Liger kernels but FLCE", -7, -3, "right"),
+    "All Liger": ("all Liger kernels,\ncheckpointing", 0, 9, "center"),
+    "All Liger, no checkpointing": ("all Liger kernels,\nno checkpointing", -7, -4, "right"),
+    "flce only, no checkpointing, flce_chunks 16, compile layers": (
+        "FLCE in larger pieces,\nlayers compiled",
+        7,
+        1,
+        "left",
+    ),
+    "flce only \u2020, no checkpointing, flce_chunks 16, fp8, compile layers": ("the same in fp8", 7, -4, "left"),
+    "All Liger, checkpoint_every 2": ("every second layer checkpointed", -2, 8, "center"),
+    "All Liger, checkpoint_part mlp": ("MLPs checkpointed", 8, -9, "left"),
+    "Liger w/o FLCE \u2020, loss cce": ("Cut Cross-Entropy", 7, -4, "left"),
+}
+
+
+def first_page() -> Figure:
+    """Memory against speed of everything that was run at 32 x 1024; what stands out is named beside its point."""
+    own, _ = evidence.headline()
+    drawing, axes = _figure(8, 4.6)
+    best = own.frontier
+    axes.plot([p.gib for p in best], [p.speed for p in best], drawstyle="steps-post", color=ORANGE, zorder=1)
+    marks = {"right": (DARK, "gradients as exact as Hugging Face's"), "wrong": ("white", "less exact: does not count")}
+    for kind, (colour, label) in marks.items():
+        axes.plot([], [], "o", color=colour, markeredgecolor="black", markersize=7, label=label)
+        for point in (p for p in own.points if p.is_wrong == (kind == "wrong") and not p.has_other_steps):
+            words, right, up, side = LABELS.get(own.label(point.record), ("", 0, 0, "left"))
+            fill = colour if words or point.is_wrong else PLAIN
+            size = 7 if words else 4
+            axes.plot(
+                point.gib,
+                point.speed,
+                "o",
+                color=fill,
+                markeredgecolor="black",
+                markersize=size,
+                zorder=2 + bool(words),
+            )
+            place = {"xytext": (right, up), "textcoords": "offset points", "ha": side, "fontsize": 9.5}
+            axes.annotate(words, (point.gib, point.speed), **place)
+    axes.set(xlim=(0, 66), xlabel="GiB allocated at the peak")
+    axes.yaxis.set_major_formatter("{x:,.12g}")
+    axes.set_title(
+        f"{answers.setting_words(best[0].record).split(',')[0]}, bf16, AdamW, 32 x 1024 tokens a step, H100",
+        fontsize=10,
+    )
+    _plain(axes, "tokens/s")
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    return drawing
 
 
 def timelines(name: str, words: Sequence[str]) -> Figure:

@@ -86,7 +86,9 @@ def test_tables_of_a_users_records_whatever_became_of_them(tmp_path, monkeypatch
     assert evidence.strange == {tmp_path / "again"}
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*TEXTS, ROOT / "doc" / "guide.md", ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name
+)
 def test_links_and_pictures_exist(path):
     targets = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
     local = [target.partition("#")[0] for target in targets if "://" not in target]
