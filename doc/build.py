@@ -71,10 +71,12 @@ OFFICE = {
 }
 AUTHOR = "The Liger Kernel Study authors"
 # Of a slide: its number, in the corner. Pandoc makes none.
-NUMBER = """<p:sp><p:nvSpPr><p:cNvPr id="99" name="Slide Number"/><p:cNvSpPr txBox="1"/><p:nvPr/></p:nvSpPr><p:spPr><a:xfrm>
-<a:off x="{left}" y="{top}"/><a:ext cx="600000" cy="300000"/></a:xfrm><a:prstGeom prst="rect"><a:avLst/></a:prstGeom>
-</p:spPr><p:txBody><a:bodyPr/><a:p><a:pPr algn="r"/><a:fld id="{{B6F15528-21DE-4FAA-801E-634DDDAF4B2B}}" type="slidenum">
-<a:rPr lang="en-US" sz="1200"/><a:t>{number}</a:t></a:fld></a:p></p:txBody></p:sp></p:spTree>"""
+NUMBER = """
+<p:sp><p:nvSpPr><p:cNvPr id="99" name="Slide Number"/><p:cNvSpPr txBox="1"/><p:nvPr/></p:nvSpPr><p:spPr>
+<a:xfrm><a:off x="{left}" y="{top}"/><a:ext cx="600000" cy="300000"/></a:xfrm>
+<a:prstGeom prst="rect"><a:avLst/></a:prstGeom></p:spPr><p:txBody><a:bodyPr/><a:p><a:pPr algn="r"/>
+<a:fld id="{{B6F15528-21DE-4FAA-801E-634DDDAF4B2B}}" type="slidenum"><a:rPr lang="en-US" sz="1200"/><a:t>{number}</a:t>
+</a:fld></a:p></p:txBody></p:sp></p:spTree>"""
 # Links to the other documents hold wherever the folder lies.
 PDF_OPTIONS = '{"ExportLinksRelativeFsys":{"type":"boolean","value":"true"}}'
 

@@ -243,7 +243,7 @@ def changes(runs: Iterable[dict[str, Record]], of: str, to: str) -> list[float]:
 
 
 @functools.cache
-def peaks_by_tokens(modes: tuple[str, ...] = ("measured",)) -> pd.DataFrame:
+def peaks_by_tokens(modes: tuple[str, ...] = ("measured",), of_several: str = "max") -> pd.DataFrame:
     """Peaks in bytes, of runs with checkpointing, by model and tokens of a step: a column for each strategy."""
     if modes == ("measured",):
         found = [r for r in plain(DATA) if r.run.gradient_checkpointing]
@@ -254,7 +254,7 @@ def peaks_by_tokens(modes: tuple[str, ...] = ("measured",)) -> pd.DataFrame:
         for r in found
     ]
     table = pd.DataFrame(rows, columns=["model", "tokens", "kernels", "peak"]).dropna()
-    return table.groupby(["model", "tokens", "kernels"])["peak"].max().unstack()
+    return table.groupby(["model", "tokens", "kernels"])["peak"].agg(of_several).unstack()
 
 
 def rule_errors() -> list[tuple[str, int, bool]]:
@@ -282,13 +282,15 @@ HEADLINE = {
     "Liger w/o FLCE": "all Liger kernels but FLCE",
     "All Liger": "all Liger kernels",
     "All Liger, no checkpointing": "all Liger kernels, no checkpointing",
-    "flce only, no checkpointing, flce_chunks 16, compile layers": "FLCE in larger pieces, layers compiled, no checkpointing",
+    "flce only, no checkpointing, flce_chunks 16, compile layers": (
+        "FLCE in larger pieces, layers compiled, no checkpointing"
+    ),
 }
 
 
 @functools.cache
 def headline() -> tuple[pareto.Choices, dict[str, pareto.Point]]:
-    """Everything that ran at 32 x 1024 on the H100, and of it what `HEADLINE` names, with the speeds of all its runs."""
+    """What ran at 32 x 1024 on the H100, and of it what `HEADLINE` names, each with the speeds of all its runs."""
     runs = [r for r in listed(DATA, "all_gpu") if r.environment.gpu == H100.name]
     (own,) = (own for g, own in pareto.choices(runs).items() if g[:3] == (RunConfig(), 32, 1024))
     labels = {own.label(point.record): point for point in own.points}

@@ -1,10 +1,12 @@
 """The report's own figures, and those of src/study/figures.py and src/explain for the study's records."""
 
+import re
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -26,9 +28,11 @@ from src.utils import GIB, MIB
 MODEL = MODELS[0]
 DARK, PLAIN, ORANGE = "#1f3a5f", "#d9d9d9", "#e08e2b"
 WIDTH, SMALL = 6.5, 8  # inches of the report's text, and points of the smallest letters
-CHARACTERS_AN_INCH = 15
+CHARACTERS = 100  # of a line so wide
 MOST_TOKENS = 32 * 1024  # of the picture of peaks against tokens
 SHADE = (0.12, 0.23, 0.37)  # DARK, of which a heat map takes more or less
+LOOK = {"font.size": SMALL, "axes.titlesize": SMALL, "axes.labelsize": SMALL, "figure.titlesize": SMALL}
+LOOK |= {"xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": SMALL, "legend.frameon": False}
 MARKERS = {
     title: {"marker": marker, "color": STYLES[title]["color"], "markeredgecolor": "black"}
     for title, marker in zip(TITLES.values(), "osD")
@@ -38,11 +42,18 @@ OUTLINE = {"edgecolor": "black", "linewidth": 0.5}
 FILLS = {"kernel": "#a8dadc", "memory": "#f1e3c8", "plain": PLAIN, "pale": "#fbeae0"}
 FILLS |= {"logits": COLOURS["logits_and_loss"], "gradient": COLOURS["gradients"]}
 LOOKS = {"": ("black", {}), "upright": ("black", {"rotation": 90}), "edged": ("white", {})}
-LOOKS["white"] = ("white", {"color": "white", "weight": "bold", "fontsize": 9.5})
+LOOKS["white"] = ("white", {"color": "white", "weight": "bold"})
 
 
 def all_figures() -> Iterator[tuple[str, Figure]]:
     """File names and figures of everything that the documents show."""
+    with matplotlib.rc_context(LOOK):
+        yield from _own_figures()
+    for size, (group, own) in evidence.peers().items():
+        yield f"peers_{answers.plain_name(size).replace('_x_', 'x')}.png", pareto(group, own)
+
+
+def _own_figures() -> Iterator[tuple[str, Figure]]:
     h100 = evidence.folder("h100_single_gpu")
     yield "first_page.png", first_page()
     yield "tokens.png", tokens()
@@ -51,21 +62,20 @@ def all_figures() -> Iterator[tuple[str, Figure]]:
     yield "chunks.png", diagram("chunks")
     yield "waterfall.png", waterfall()
     yield "peak_single_gpu.png", timelines("bs8_seq1024_rope{0}_silu{0}_rms{0}_flce{0}", ("False", "True"))
-    yield "peak_offload.png", timelines("bs8_seq1024_liger_rope{0}_silu{0}_rms{0}_flce{0}_fast", ("0", "1"))
+    yield "peak_offload.png", timelines("bs8_seq1024_liger_rope{0}_silu{0}_rms{0}_flce{0}_fast", ("0", "1"), 6)
     yield "kernels_alone.png", kernels_alone(h100)
     yield "few_tokens.png", few_tokens()
     yield "parity.png", parity()
     yield "offload_steps.png", offload_steps(evidence.folder("h100_offload"))
     yield "original.png", original()
     yield "map.png", heat_map()
-    yield "convergence.png", _printed(curves.figure(curves.lines_of(evidence.DATA / "parity/convergence_h100.jsonl")))
-    for size, (group, own) in evidence.peers().items():
-        yield f"peers_{answers.plain_name(size).replace('_x_', 'x')}.png", pareto(group, own)
+    trained = curves.lines_of(evidence.DATA / "parity/convergence_h100.jsonl")
+    yield "convergence.png", _printed(curves.figure(trained), 2.9, 3)
     runs = [run for run in evidence.single_gpu_runs() if run.status == "ok"]
     yield "predictions.png", _printed(figures.predicted_figure(evidence.predictions(runs)))
     for part in studies.studies():
         if not part.is_limited:
-            yield from ((name, _printed(figure)) for name, figure in part.figures())
+            yield from ((name, _printed(_stacked(figure), 4.4)) for name, figure in part.figures())
 
 
 def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, Any]:
@@ -81,15 +91,23 @@ def _printed(drawing: Figure, height: float = 3.2, columns: int = 4) -> Figure:
         text.set_fontsize(SMALL)
     for axes in drawing.axes:
         axes.tick_params(labelsize=SMALL)
-    if drawing.get_suptitle():
-        lines = drawing.get_suptitle().split("\n")
-        wrapped = [textwrap.fill(line, round(CHARACTERS_AN_INCH * WIDTH)) for line in lines]
-        drawing.suptitle("\n".join(wrapped), fontsize=SMALL)
+        axes.set_title(textwrap.fill(axes.get_title(), CHARACTERS // 3), fontsize=SMALL)
+    if drawing.get_suptitle():  # whose lines were broken for another width, but for the notes, which begin anew
+        lines = re.sub(r"\n(?!bars:)", " ", drawing.get_suptitle()).split("\n")
+        drawing.suptitle("\n".join(textwrap.fill(line, CHARACTERS) for line in lines), fontsize=SMALL)
     for legend in drawing.legends:
         names = [text.get_text() for text in legend.get_texts()]
         style = {"loc": "outside lower center", "ncols": columns, "fontsize": SMALL, "frameon": False}
         drawing.legend(legend.legend_handles, names, **style)
         legend.remove()
+    return drawing
+
+
+def _stacked(drawing: Figure) -> Figure:
+    """The same figure with its panels below each other."""
+    grid = drawing.add_gridspec(len(drawing.axes), 1)
+    for axes, place in zip(drawing.axes, grid):
+        axes.set_subplotspec(place)
     return drawing
 
 
@@ -154,7 +172,7 @@ def first_page() -> Figure:
                 markersize=size,
                 zorder=2 + bool(words),
             )
-            place = {"xytext": (right, up), "textcoords": "offset points", "ha": side, "fontsize": SMALL}
+            place = {"xytext": (right, up), "textcoords": "offset points", "ha": side}
             axes.annotate(words, (point.gib, point.speed), **place)
     axes.set(xlim=(0, 66), xlabel="GiB allocated at the peak")
     axes.yaxis.set_major_formatter("{x:,.12g}")
@@ -163,11 +181,11 @@ def first_page() -> Figure:
         fontsize=10,
     )
     _plain(axes, "tokens/s")
-    axes.legend(frameon=False, fontsize=9, loc="upper left")
+    axes.legend(loc="upper left")
     return drawing
 
 
-def timelines(name: str, words: Sequence[str]) -> Figure:
+def timelines(name: str, words: Sequence[str], height: float = 4.6) -> Figure:
     """Memory over a step without and with Liger kernels, from the committed snapshots."""
     gpus = ", ".join({run.environment.gpu for run in evidence.peaks().values()})
     titles = [f"{kernels}, 8 x 1024, {gpus}" for kernels in (NONE, ALL)]
@@ -175,7 +193,7 @@ def timelines(name: str, words: Sequence[str]) -> Figure:
     for axes in drawing.axes[1::2]:  # beside the timelines, what the peak is made of
         _, size = axes.get_title(loc="left").rsplit(": ", 1)
         axes.set_title(f"peak: {size}", loc="left")
-    return _printed(drawing, 6.0)
+    return _printed(drawing, height)
 
 
 def tokens() -> Figure:
@@ -199,17 +217,14 @@ def tokens() -> Figure:
             )
         begins = shape.begins_to_save
         axes.axvline(begins / 1000, color="grey", linestyle=":", linewidth=1)
-        axes.annotate(
-            f"N/6V: {begins:,.0f} tokens", (begins / 1000, 1), (3, 0), textcoords="offset points", fontsize=SMALL
-        )
+        axes.annotate(f"N/6V: {begins:,.0f} tokens", (begins / 1000, 1), (3, 0), textcoords="offset points")
         axes.set_xlim(0, MOST_TOKENS / 1000)
-        axes.set_title(shape.short_name, fontsize=9)
-        axes.set_xlabel("thousand tokens a step", fontsize=SMALL)
-        axes.tick_params(labelsize=SMALL)
+        axes.set_title(shape.short_name)
+        axes.set_xlabel("thousand tokens a step")
         _plain(axes, "GiB allocated at the peak" if shape is MODELS[0] else "")
     panels[0].set_ylim(bottom=0)
     handles, names = panels[0].get_legend_handles_labels()
-    drawing.legend(handles, names, loc="outside lower center", ncols=3, fontsize=SMALL, frameon=False)
+    drawing.legend(handles, names, loc="outside lower center", ncols=3)
     return drawing
 
 
@@ -223,22 +238,21 @@ def waterfall() -> Figure:
     drawing, axes = _figure(WIDTH, 3.1)
     level, names = without.breakdown_peak_bytes / GIB, [NONE]
     axes.bar(0, level, 0.65, color=DARK, **OUTLINE)
-    axes.annotate(f"{level:.2f}", (0, level), (0, 3), textcoords="offset points", ha="center", fontsize=SMALL)
+    axes.annotate(f"{level:.2f}", (0, level), (0, 3), textcoords="offset points", ha="center")
     for place, (name, size) in enumerate([*large.items(), ("all else", rest)], start=1):
         height = size / GIB
         looks = {"color": "#a8dadc", "hatch": "\\\\"} if height < 0 else {"color": ORANGE, "hatch": "//"}
         axes.bar(place, abs(height), 0.65, min(level, level + height), **looks, **OUTLINE)
         axes.plot([place - 1, place], [level, level], color="grey", linewidth=0.6, zorder=0)
         top = max(level, level + height)
-        axes.annotate(f"{height:+.2f}", (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=SMALL)
+        axes.annotate(f"{height:+.2f}", (place, top), (0, 3), textcoords="offset points", ha="center")
         level += height
         names.append(words(name))
     axes.bar(len(names), level, 0.65, color=STYLES[ALL]["color"], hatch="..", **OUTLINE)
-    axes.annotate(f"{level:.2f}", (len(names), level), (0, 3), textcoords="offset points", ha="center", fontsize=SMALL)
+    axes.annotate(f"{level:.2f}", (len(names), level), (0, 3), textcoords="offset points", ha="center")
     labels = [textwrap.fill(name, 12) for name in [*names, ALL]]
-    axes.set_xticks(range(len(labels)), labels, fontsize=SMALL)
-    axes.tick_params(labelsize=SMALL)
-    axes.set_title(f"{answers.setting_words(without)}, 8 x 1024 tokens", fontsize=SMALL)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_title(f"{answers.setting_words(without)}, 8 x 1024 tokens")
     axes.margins(y=0.1)
     _plain(axes, "GiB at the peak")
     return drawing
@@ -261,14 +275,11 @@ def few_tokens() -> Figure:
             axes.plot([x] * len(times), times, linestyle="-", color="grey", linewidth=0.8, zorder=1)
             label = title if not place else None
             axes.plot([x] * len(times), times, linestyle="", markersize=6, label=label, **MARKERS[title])
-    axes.set_xticks(range(len(groups)), groups, fontsize=SMALL)
-    axes.tick_params(labelsize=SMALL)
+    axes.set_xticks(range(len(groups)), groups)
     axes.set_ylim(0, None)
-    axes.set_title(
-        f"{answers.setting_words(found[0][NONE]).split(',')[0]}, bf16, H100; a mark for each run", fontsize=SMALL
-    )
+    axes.set_title(f"{answers.setting_words(found[0][NONE]).split(',')[0]}, bf16, H100; a mark for each run")
     _plain(axes, "ms a step")
-    axes.legend(frameon=False, fontsize=SMALL, ncols=3, loc="lower center")
+    axes.legend(ncols=3, loc="lower center")
     return drawing
 
 
@@ -292,8 +303,7 @@ def parity() -> Figure:
     drawing, axes = _figure(WIDTH, 2.7)
     _grouped(axes, [f"{size:,} tokens" for size in sizes], series, "{:.2f}")
     axes.axhline(1, color="grey", linewidth=0.8)
-    axes.tick_params(labelsize=SMALL)
-    axes.set_title(f"{MODEL.short_name}, H100; above 1.5 counts as wrong", fontsize=SMALL)
+    axes.set_title(f"{MODEL.short_name}, H100; above 1.5 counts as wrong")
     _plain(axes, "error / Hugging Face's")
     return drawing
 
@@ -324,8 +334,8 @@ def heat_map() -> Figure:
         axes.set(xlim=(-0.5, len(batches) - 0.5), ylim=(-0.5, len(lengths) - 0.5), xlabel="batch size")
         axes.set_xticks(range(len(batches)), batches)
         axes.set_yticks(range(len(lengths)), [f"{length:,}" for length in lengths])
-        axes.tick_params(labelsize=SMALL, length=0)
-        axes.set_title(title, fontsize=9)
+        axes.tick_params(length=0)
+        axes.set_title(title)
     panels[0].set_ylabel("tokens a sequence")
     drawing.suptitle(
         f"{MODEL.short_name}, bf16, checkpointing: predicted peak in GiB on an H100; hatched: does not fit",
@@ -353,10 +363,9 @@ def memory_by_batch(runs: Folder) -> Figure:
         axes.plot(places, peaks, marker, label=f"measured peak, {title}", **style)
     axes.set_xticks(places, [str(batch) for batch in BATCHES])
     axes.set_xlabel("batch size, 1024 tokens a sequence")
-    axes.set_title(f"Llama 3.2 1B, bf16, gradient checkpointing; measured on {runs.gpu}", fontsize=SMALL)
-    axes.tick_params(labelsize=SMALL)
+    axes.set_title(f"Llama 3.2 1B, bf16, gradient checkpointing; measured on {runs.gpu}")
     _plain(axes, "GiB")
-    axes.legend(frameon=False, fontsize=SMALL)
+    axes.legend()
     return drawing
 
 
@@ -367,13 +376,13 @@ def diagram(name: str) -> Figure:
     for axes, panel in zip(panels[0], found["panel"]):
         width, height = panel["span"]
         axes.set(xlim=(0, width), ylim=(0, height))
-        axes.set_title(panel["title"], fontsize=10)
+        axes.set_title(panel["title"])
         axes.set_axis_off()
         for x, y, width, height, text, colour, *looks in panel["boxes"]:
             edge, letters = LOOKS[looks[0] if looks else ""]
             patch = Rectangle((x, y), width, height, facecolor=FILLS[colour], edgecolor=edge, linewidth=0.7)
             axes.add_patch(patch)
-            axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", **{"fontsize": 9} | letters)
+            axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", **letters)
         for x0, y0, x1, y1, *colour in panel["arrows"]:
             style = {"arrowstyle": "-|>", "mutation_scale": 10, "color": FILLS[colour[0]] if colour else "0.25"}
             axes.add_patch(FancyArrowPatch((x0, y0), (x1, y1), **style))
@@ -382,7 +391,7 @@ def diagram(name: str) -> Figure:
     legend = found.get("legend", {})
     handles = [Rectangle((0, 0), 1, 1, facecolor=FILLS[colour], **OUTLINE) for colour in legend]
     if handles:
-        drawing.legend(handles, legend.values(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
+        drawing.legend(handles, legend.values(), loc="outside lower center", ncols=2)
     return drawing
 
 
@@ -398,16 +407,15 @@ def kernels_alone(folder: Folder) -> Figure:
     ):
         told = [value(run) for run in runs]
         bars = axes.bar(names, [median for median, *_ in told], 0.65, color=colours, **OUTLINE)
-        axes.bar_label(bars, [form.format(median) for median, *_ in told], padding=2, fontsize=SMALL)
+        axes.bar_label(bars, [form.format(median) for median, *_ in told], padding=2)
         for place, (median, below, above) in enumerate(told):
             if below or above:
                 axes.errorbar(place, median, [[below], [above]], color="black", capsize=2, linewidth=0.8)
-        axes.set_title(title, fontsize=9)
-        axes.tick_params(labelsize=SMALL)
+        axes.set_title(title)
         axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
         axes.margins(y=0.12)
         _plain(axes, label)
-    drawing.suptitle(f"{answers.setting_words(runs[0])}, 8 x 1024 tokens", fontsize=SMALL)
+    drawing.suptitle(f"{answers.setting_words(runs[0])}, 8 x 1024 tokens")
     return drawing
 
 
@@ -422,8 +430,7 @@ def offload_steps(runs: Folder) -> Figure:
         "floor, from rates of the same run": ({"color": PLAIN}, [fast.floor_s for _, fast in pairs]),
     }
     _grouped(axes, groups, series, "{:.2f}")
-    axes.set_title(f"Llama 3.2 1B, ZeRO-3 offload, {runs.gpu}", fontsize=SMALL)
-    axes.tick_params(labelsize=SMALL)
+    axes.set_title(f"Llama 3.2 1B, ZeRO-3 offload, {runs.gpu}")
     _plain(axes, "seconds a step")
     return drawing
 
@@ -437,9 +444,8 @@ def original() -> Figure:
     gpu = answers.gpu_name(cells[0][2])
     series = {"original study, RTX 4090": ({"color": "#b0b0b0", "hatch": "//"}, theirs)}
     series[f"ours, {gpu}"] = {"color": DARK}, own
-    _grouped(axes, groups, series, "{:.0f}")
-    axes.tick_params(labelsize=SMALL)
+    _grouped(axes, groups, series, "{:.1f}")
     axes.set_xlabel("Liger kernels, batch size at 1024 tokens")
-    axes.set_title("Llama 3.2 1B, ZeRO-3 offload, fp16, the original's settings", fontsize=SMALL)
+    axes.set_title("Llama 3.2 1B, ZeRO-3 offload, fp16, the original's settings")
     _plain(axes, "peak allocated memory, GiB")
     return drawing

@@ -142,15 +142,15 @@ def side_by_side(sizes: Mapping[str, tuple[Any, Choices]]) -> str:
     return markdown_table(header, rows)
 
 
-def savings_of(pairs: Mapping[str, Pair]) -> str:
-    """What all kernels change in the peak and in the speed, pair by pair."""
+def savings_of(pairs: Mapping[str, Pair], brief: bool = False) -> str:
+    """What all kernels change in the peak and in the speed, pair by pair; `brief` without the figures themselves."""
+    header = ["trained", "none, GiB", "all, GiB", "memory", "none, tokens/s", "all, tokens/s", "speed"]
     rows = []
     for words, (none, every) in pairs.items():
         memory = every.peak_memory_bytes / none.peak_memory_bytes - 1
         faster = every.throughput_tokens_per_s / none.throughput_tokens_per_s - 1
         rows.append([words, peak(none), peak(every), f"{memory:+.0%}", speed(none), speed(every), f"{faster:+.0%}"])
-    header = ["trained", "none, GiB", "all, GiB", "memory", "none, tokens/s", "all, tokens/s", "speed"]
-    return markdown_table(header, rows)
+    return markdown_table(*([header[::3], [row[::3] for row in rows]] if brief else [header, rows]))
 
 
 def headline() -> str:

@@ -1,7 +1,7 @@
 -- For Word: tables in small type (the style "Table Text" of reference.docx), columns as wide as their cells need; a
 -- paragraph stays on the page of the table after it; figures have numbers.
 
-local MOST_ROWS = 14 -- of a table that stays on one page
+local MOST_ROWS = 10 -- of a table that stays on one page
 local figures = 0
 
 function Image(found)
