@@ -70,13 +70,7 @@ OFFICE = {
     "group_10_liger_kernel.pptx": ("slides", "--slide-level=1", "--from=markdown-implicit_figures"),
 }
 AUTHOR = "The Liger Kernel Study authors"
-# Of a slide: its number, in the corner. Pandoc makes none.
-NUMBER = """
-<p:sp><p:nvSpPr><p:cNvPr id="99" name="Slide Number"/><p:cNvSpPr txBox="1"/><p:nvPr/></p:nvSpPr><p:spPr>
-<a:xfrm><a:off x="{left}" y="{top}"/><a:ext cx="600000" cy="300000"/></a:xfrm>
-<a:prstGeom prst="rect"><a:avLst/></a:prstGeom></p:spPr><p:txBody><a:bodyPr/><a:p><a:pPr algn="r"/>
-<a:fld id="{{B6F15528-21DE-4FAA-801E-634DDDAF4B2B}}" type="slidenum"><a:rPr lang="en-US" sz="1200"/><a:t>{number}</a:t>
-</a:fld></a:p></p:txBody></p:sp></p:spTree>"""
+SLIDES_ARE = f"<dc:title>What do the Liger kernels save?</dc:title><dc:creator>{AUTHOR}</dc:creator>"
 # Links to the other documents hold wherever the folder lies.
 PDF_OPTIONS = '{"ExportLinksRelativeFsys":{"type":"boolean","value":"true"}}'
 
@@ -179,8 +173,7 @@ def _make_document(document: Path) -> None:
     mark = f"--metadata=description:sha256 {fingerprint(text)}"
     told = [f"--metadata=author:{AUTHOR}", f"--metadata=date:{evidence.newest()}"] if document.suffix == ".docx" else []
     _call("pandoc", *options, looks, mark, *told, f"--resource-path={DOC}", f"--output={document}", text=text)
-    if document.suffix == ".pptx":
-        _finish_slides(document)
+    _finish(document)
     kind = "impress" if document.suffix == ".pptx" else "writer"
     to_pdf = f"pdf:{kind}_pdf_Export:{PDF_OPTIONS}"
     with tempfile.TemporaryDirectory() as home:  # LibreOffice keeps its settings there
@@ -192,20 +185,22 @@ def _make_document(document: Path) -> None:
     print(pdf.relative_to(ROOT))
 
 
-def _finish_slides(document: Path) -> None:
-    """Put title and author into the file, and its number on each slide: pandoc would make a slide of them."""
-    told = f"<dc:title>What do the Liger kernels save?</dc:title><dc:creator>{AUTHOR}</dc:creator>"
+def _finish(document: Path) -> None:
+    """What pandoc does not do: rows of tables stay whole; a slide has its number, and the slides' file its author."""
     finished = io.BytesIO()
     with zipfile.ZipFile(document) as old, zipfile.ZipFile(finished, "w", zipfile.ZIP_DEFLATED) as new:
-        size = re.search(r'<p:sldSz cx="(\d+)" cy="(\d+)"', old.read("ppt/presentation.xml").decode())
-        places = {"left": int(size[1]) - 700000, "top": int(size[2]) - 340000}
         for name in old.namelist():
-            content = old.read(name)
-            if name == "docProps/core.xml":
-                without = re.sub(r"<dc:(title|creator)>.*?</dc:\1>|<dc:(title|creator) */>", "", content.decode())
-                content = without.replace("<dc:description>", f"{told}<dc:description>").encode()
+            content = old.read(name).decode() if name.endswith(".xml") else old.read(name)
+            if name == "word/document.xml":
+                content = content.replace("<w:tr>", "<w:tr><w:trPr><w:cantSplit/></w:trPr>")
+            elif name == "docProps/core.xml" and document.suffix == ".pptx":
+                content = re.sub(r"<dc:(title|creator)>.*?</dc:\1>|<dc:(title|creator) */>", "", content)
+                content = content.replace("<dc:description>", f"{SLIDES_ARE}<dc:description>")
             elif found := re.fullmatch(r"ppt/slides/slide(\d+)\.xml", name):
-                content = content.decode().replace("</p:spTree>", NUMBER.format(number=found[1], **places)).encode()
+                size = re.search(r'<p:sldSz cx="(\d+)" cy="(\d+)"', old.read("ppt/presentation.xml").decode())
+                place = {"left": int(size[1]) - 700000, "top": int(size[2]) - 340000}
+                number = (evidence.SOURCE / "slide_number.xml").read_text().format(number=found[1], **place)
+                content = content.replace("</p:spTree>", number)
             new.writestr(name, content)
     document.write_bytes(finished.getvalue())
 

@@ -243,11 +243,10 @@ def changes(runs: Iterable[dict[str, Record]], of: str, to: str) -> list[float]:
 
 
 @functools.cache
-def peaks_by_tokens(modes: tuple[str, ...] = ("measured",), of_several: str = "max") -> pd.DataFrame:
+def peaks_by_tokens(predicted: bool = False, of_several: str = "max") -> pd.DataFrame:
     """Peaks in bytes, of runs with checkpointing, by model and tokens of a step: a column for each strategy."""
-    if modes == ("measured",):
-        found = [r for r in plain(DATA) if r.run.gradient_checkpointing]
-    else:
+    found = [r for r in plain(DATA) if r.run.gradient_checkpointing]
+    if predicted:
         found = [r for name in ("predicted_tokens", "predicted_map") for r in folder(name).records]
     rows = [
         (r.run.model_name.removesuffix("-Instruct"), r.run.tokens_per_step, r.run.title, r.peak_memory_bytes)
@@ -276,27 +275,20 @@ def reached(pairs: dict[str, Pair], speed: float = 0, memory: float = 1) -> int:
     )
 
 
-# What the first page names of everything that was run at 32 x 1024, in its words.
-HEADLINE = {
-    "No Liger": "Hugging Face's code",
-    "Liger w/o FLCE": "all Liger kernels but FLCE",
-    "All Liger": "all Liger kernels",
-    "All Liger, no checkpointing": "all Liger kernels, no checkpointing",
-    "flce only, no checkpointing, flce_chunks 16, compile layers": (
-        "FLCE in larger pieces, layers compiled, no checkpointing"
-    ),
-}
+def first_page() -> list[dict[str, Any]]:
+    """What the first page names of all that was run at 32 x 1024: doc/source/first_page.toml."""
+    return tomllib.loads((SOURCE / "first_page.toml").read_text())["point"]
 
 
 @functools.cache
 def headline() -> tuple[pareto.Choices, dict[str, pareto.Point]]:
-    """What ran at 32 x 1024 on the H100, and of it what `HEADLINE` names, each with the speeds of all its runs."""
+    """What ran at 32 x 1024 on the H100, and of it the rows of the first page, each with the speeds of all its runs."""
     runs = [r for r in listed(DATA, "all_gpu") if r.environment.gpu == H100.name]
     (own,) = (own for g, own in pareto.choices(runs).items() if g[:3] == (RunConfig(), 32, 1024))
     labels = {own.label(point.record): point for point in own.points}
-    if missing := HEADLINE.keys() - labels.keys():
+    if missing := {named["label"] for named in first_page()} - labels.keys():
         raise UsageError(f"no run at 32 x 1024 of {', '.join(missing)}")
-    return own, {words: labels[label] for label, words in HEADLINE.items()}
+    return own, {named["row"]: labels[named["label"]] for named in first_page() if "row" in named}
 
 
 def share(record: Record, *categories: str) -> float:
@@ -449,6 +441,11 @@ def predictions(runs: Iterable[Record]) -> list[Pair]:
             raise UsageError(f"no prediction of {run.run_name}: python -m doc.build --predictions")
         pairs.append((kept[name], run))
     return pairs
+
+
+def made_after(runs: Iterable[Record]) -> bool:
+    """Whether each prediction is younger than the measurement that it is of."""
+    return all(prediction.environment.date > run.environment.date for prediction, run in predictions(runs))
 
 
 def timed() -> dict[str, list[Compared]]:

@@ -131,28 +131,10 @@ def _grouped(
     axes.legend(frameon=False, fontsize=SMALL)
 
 
-# Beside points of the first page's picture: further words, or the same in two lines; where, in points of type.
-LABELS = {
-    "No Liger": ("Hugging Face's code", -6, -4, "right"),
-    "Liger w/o FLCE": ("all Liger kernels but FLCE", -7, -3, "right"),
-    "All Liger": ("all Liger kernels,\ncheckpointing", 0, 9, "center"),
-    "All Liger, no checkpointing": ("all Liger kernels,\nno checkpointing", -7, -4, "right"),
-    "flce only, no checkpointing, flce_chunks 16, compile layers": (
-        "FLCE in larger pieces,\nlayers compiled",
-        7,
-        1,
-        "left",
-    ),
-    "flce only \u2020, no checkpointing, flce_chunks 16, fp8, compile layers": ("the same in fp8", 7, -4, "left"),
-    "All Liger, checkpoint_every 2": ("every second layer checkpointed", -2, 8, "center"),
-    "All Liger, checkpoint_part mlp": ("MLPs checkpointed", 8, -9, "left"),
-    "Liger w/o FLCE \u2020, loss cce": ("Cut Cross-Entropy", 7, -4, "left"),
-}
-
-
 def first_page() -> Figure:
     """Memory against speed of everything that was run at 32 x 1024; what stands out is named beside its point."""
     own, _ = evidence.headline()
+    named = {found["label"]: found for found in evidence.first_page()}
     drawing, axes = _figure(WIDTH, 3.9)
     best = own.frontier
     axes.plot([p.gib for p in best], [p.speed for p in best], drawstyle="steps-post", color=ORANGE, zorder=1)
@@ -160,20 +142,11 @@ def first_page() -> Figure:
     for kind, (colour, label) in marks.items():
         axes.plot([], [], "o", color=colour, markeredgecolor="black", markersize=7, label=label)
         for point in (p for p in own.points if p.is_wrong == (kind == "wrong") and not p.has_other_steps):
-            words, right, up, side = LABELS.get(own.label(point.record), ("", 0, 0, "left"))
-            fill = colour if words or point.is_wrong else PLAIN
-            size = 7 if words else 4
-            axes.plot(
-                point.gib,
-                point.speed,
-                "o",
-                color=fill,
-                markeredgecolor="black",
-                markersize=size,
-                zorder=2 + bool(words),
-            )
-            place = {"xytext": (right, up), "textcoords": "offset points", "ha": side}
-            axes.annotate(words, (point.gib, point.speed), **place)
+            found = named.get(own.label(point.record), {"words": "", "offset": (0, 0), "side": "left"})
+            style = {"color": colour, "markersize": 7} if found["words"] else {"color": PLAIN, "markersize": 4}
+            axes.plot(point.gib, point.speed, "o", markeredgecolor="black", zorder=2 + bool(found["words"]), **style)
+            place = {"xytext": found["offset"], "textcoords": "offset points", "ha": found["side"]}
+            axes.annotate(found["words"], (point.gib, point.speed), **place)
     axes.set(xlim=(0, 66), xlabel="GiB allocated at the peak")
     axes.yaxis.set_major_formatter("{x:,.12g}")
     axes.set_title(
@@ -199,7 +172,7 @@ def timelines(name: str, words: Sequence[str], height: float = 4.6) -> Figure:
 def tokens() -> Figure:
     """Peaks against the tokens of a step, predicted and measured, and where FLCE begins to save by the rule."""
     drawing, panels = _figure(WIDTH, 2.9, len(MODELS), sharey=True)
-    measured, predicted = evidence.peaks_by_tokens(), evidence.peaks_by_tokens(("predicted",))
+    measured, predicted = evidence.peaks_by_tokens(), evidence.peaks_by_tokens(True)
     for axes, shape in zip(panels, MODELS):
         lines, marks = predicted.loc[shape.name], measured.loc[shape.name]
         for title, style in ((NONE, "-"), (ALL, "--")):
@@ -235,7 +208,7 @@ def waterfall() -> Figure:
     change = {name: with_all.peak_breakdown[name] - size for name, size in without.peak_breakdown.items()}
     large = {name: size for name, size in sorted(change.items(), key=lambda pair: pair[1]) if abs(size) > 90 * MIB}
     rest = sum(change.values()) - sum(large.values())
-    drawing, axes = _figure(WIDTH, 3.1)
+    drawing, axes = _figure(WIDTH, 2.6)
     level, names = without.breakdown_peak_bytes / GIB, [NONE]
     axes.bar(0, level, 0.65, color=DARK, **OUTLINE)
     axes.annotate(f"{level:.2f}", (0, level), (0, 3), textcoords="offset points", ha="center")

@@ -106,6 +106,14 @@ def test_figures_of_the_readmes_tables_are_those_of_the_documents():
         assert any(all(cell in rest for cell in row) for rest in map(iter, known)), row
 
 
+def test_figures_of_the_readmes_first_page_are_in_the_report():
+    first_page = TEXTS[-1].read_text().partition("## Quick start")[0]
+    figures = set(re.findall(r"\d[\d,]*(?:\.\d+)?", re.sub(r"\]\([^)]*\)", "", first_page)))
+    report = set(re.findall(r"\d[\d,]*(?:\.\d+)?", (ROOT / "doc" / "report.md").read_text()))
+    assert len(figures) > 20
+    assert figures <= report
+
+
 def test_readme_states_the_errors_of_the_predictions():
     text = " ".join(TEXTS[-1].read_text().split())
     told = set(re.findall(r"(\d+) peaks[^.%]*?largest error is ([\d.]+%)", text))
