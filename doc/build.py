@@ -213,9 +213,9 @@ def _call(*command: str, text: str | None = None) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write a PNG of 256 colours, a third of the size of one of all."""
-    file = io.BytesIO()
-    figure.savefig(file, dpi=150, format="png")
-    Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="png", dpi=(150, 150))
+    file, dpi = io.BytesIO(), 200 if figure.get_figwidth() <= pictures.WIDTH else 150
+    figure.savefig(file, dpi=dpi, format="png")
+    Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="png", dpi=(dpi, dpi))
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

@@ -191,7 +191,7 @@ def tokens() -> Figure:
         begins = shape.begins_to_save
         axes.axvline(begins / 1000, color="grey", linestyle=":", linewidth=1)
         axes.annotate(f"N/6V: {begins:,.0f} tokens", (begins / 1000, 1), (3, 0), textcoords="offset points")
-        axes.set_xlim(0, MOST_TOKENS / 1000)
+        axes.set_xlim(0, 1.05 * MOST_TOKENS / 1000)
         axes.set_title(shape.short_name)
         axes.set_xlabel("thousand tokens a step")
         _plain(axes, "GiB allocated at the peak" if shape is MODELS[0] else "")
