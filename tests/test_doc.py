@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import re
+import zipfile
 
 import pandas as pd
 import pytest
@@ -52,6 +53,18 @@ def test_another_text_makes_its_documents_stale(monkeypatch):
     render = build.render
     monkeypatch.setattr(build, "render", lambda name: render(name) + ("one more" if name in ("slides", "peak") else ""))
     assert build.stale() == ["peak.md", "group_10_liger_kernel.pptx"]
+
+
+def test_slides_have_numbers_and_an_author_and_the_reports_figures_are_numbered():
+    with zipfile.ZipFile(ROOT / "doc" / "group_10_liger_kernel.pptx") as slides:
+        assert f"<dc:creator>{build.AUTHOR}</dc:creator>" in slides.read("docProps/core.xml").decode()
+        pages = [slides.read(name).decode() for name in slides.namelist() if name.startswith("ppt/slides/slide")]
+    assert len(pages) > 10
+    assert all(page.count('type="slidenum"') == 1 for page in pages)
+    with zipfile.ZipFile(ROOT / "doc" / "group_10_midterm.docx") as report:
+        text = re.sub("<[^>]+>", "", report.read("word/document.xml").decode())
+    numbers = re.findall(r"Figure (\d+)\.", text)
+    assert numbers == [str(place + 1) for place in range(len(re.findall(r"!\[", build.render("report"))))]
 
 
 def test_spread_between_runs_that_compare_tells_is_that_of_the_records():
