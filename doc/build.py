@@ -69,6 +69,8 @@ OFFICE = {
     "group_10_midterm.docx": ("report", "--shift-heading-level-by=-1", f"--lua-filter={evidence.SOURCE}/tables.lua"),
     "group_10_liger_kernel.pptx": ("slides", "--slide-level=1", "--from=markdown-implicit_figures"),
 }
+AUTHOR = "The Liger Kernel Study authors"
+SLIDES_ARE = f"<dc:title>What do the Liger kernels save?</dc:title><dc:creator>{AUTHOR}</dc:creator>"
 # Links to the other documents hold wherever the folder lies.
 PDF_OPTIONS = '{"ExportLinksRelativeFsys":{"type":"boolean","value":"true"}}'
 
@@ -169,7 +171,9 @@ def _make_document(document: Path) -> None:
         return
     looks = f"--reference-doc={evidence.SOURCE / 'reference'}{document.suffix}"
     mark = f"--metadata=description:sha256 {fingerprint(text)}"
-    _call("pandoc", *options, looks, mark, f"--resource-path={DOC}", f"--output={document}", text=text)
+    told = [f"--metadata=author:{AUTHOR}", f"--metadata=date:{evidence.newest()}"] if document.suffix == ".docx" else []
+    _call("pandoc", *options, looks, mark, *told, f"--resource-path={DOC}", f"--output={document}", text=text)
+    _finish(document)
     kind = "impress" if document.suffix == ".pptx" else "writer"
     to_pdf = f"pdf:{kind}_pdf_Export:{PDF_OPTIONS}"
     with tempfile.TemporaryDirectory() as home:  # LibreOffice keeps its settings there
@@ -181,6 +185,26 @@ def _make_document(document: Path) -> None:
     print(pdf.relative_to(ROOT))
 
 
+def _finish(document: Path) -> None:
+    """What pandoc does not do: rows of tables stay whole; a slide has its number, and the slides' file its author."""
+    finished = io.BytesIO()
+    with zipfile.ZipFile(document) as old, zipfile.ZipFile(finished, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            content = old.read(name).decode() if name.endswith(".xml") else old.read(name)
+            if name == "word/document.xml":
+                content = content.replace("<w:tr>", "<w:tr><w:trPr><w:cantSplit/></w:trPr>")
+            elif name == "docProps/core.xml" and document.suffix == ".pptx":
+                content = re.sub(r"<dc:(title|creator)>.*?</dc:\1>|<dc:(title|creator) */>", "", content)
+                content = content.replace("<dc:description>", f"{SLIDES_ARE}<dc:description>")
+            elif found := re.fullmatch(r"ppt/slides/slide(\d+)\.xml", name):
+                size = re.search(r'<p:sldSz cx="(\d+)" cy="(\d+)"', old.read("ppt/presentation.xml").decode())
+                place = {"left": int(size[1]) - 700000, "top": int(size[2]) - 340000}
+                number = (evidence.SOURCE / "slide_number.xml").read_text().format(number=found[1], **place)
+                content = content.replace("</p:spTree>", number)
+            new.writestr(name, content)
+    document.write_bytes(finished.getvalue())
+
+
 def _call(*command: str, text: str | None = None) -> None:
     done = subprocess.run(command, input=text, capture_output=True, text=True)
     if done.returncode:
@@ -189,9 +213,9 @@ def _call(*command: str, text: str | None = None) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write a PNG of 256 colours, a third of the size of one of all."""
-    file = io.BytesIO()
-    figure.savefig(file, dpi=150, format="png")
-    Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="png", dpi=(150, 150))
+    file, dpi = io.BytesIO(), 200 if figure.get_figwidth() <= pictures.WIDTH else 150
+    figure.savefig(file, dpi=dpi, format="png")
+    Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="png", dpi=(dpi, dpi))
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

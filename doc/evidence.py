@@ -7,9 +7,13 @@ import dataclasses
 import functools
 import os
 import tomllib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from src import machine, techniques
 from src.cli import command_line
@@ -17,6 +21,7 @@ from src.config import DTYPES, RunConfig
 from src.explain.reading import read
 from src.explain.timeline import Timeline
 from src.families import SHAPES
+from src.machine import H100
 from src.model_utils import TORCH_DTYPES, load_model_config, parameter_counts
 from src.offload_config import PRESETS, OffloadConfig
 from src.record import Record, load, load_and_tell
@@ -24,7 +29,7 @@ from src.study import answers, fit_rates, grids, pareto
 from src.study.answers import short_model
 from src.study.figures import predicted_and_measured
 from src.study.fit_rates import Compared
-from src.techniques import KERNEL_NAMES, STRATEGIES, TECHNIQUES, kernels_only
+from src.techniques import KERNEL_NAMES, STRATEGIES, TECHNIQUES, TITLES, kernels_only
 from src.utils import GIB, UsageError, ceil_div, next_power_of_two
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,6 +192,106 @@ def peers() -> dict[str, tuple[pareto.Group, pareto.Choices]]:
     return {f"{model}{g.sequences} x {g.seq_length}": (g, found[g]) for model, g in zip(models, ordered)}
 
 
+# What a run of `plain` may differ in; it is otherwise what the study trains: bf16, fused AdamW, no other technique.
+VARIED = (
+    "model_name",
+    "batch_size",
+    "seq_length",
+    "iterations",
+    "warmup",
+    "gradient_checkpointing",
+    "memory_limit_gib",
+)
+FEW_TOKENS = 4096  # of a step: so few are bound by the CPU
+
+
+def plain(place: Path) -> list[Record]:
+    """The measured runs on one GPU below a folder that ended well and differ in kernels and `VARIED` alone."""
+    found = [r for r in listed(place, "all_gpu") if r.status == "ok" and r.frontier is None]
+    return [r for r in found if r.run.title in TITLES.values() and not r.run.unusual(*VARIED, *KERNEL_NAMES)]
+
+
+@functools.cache
+def few_tokens() -> list[dict[str, Record]]:
+    """The study's three strategies at few tokens, on the H100, as they ran after each other: title -> run."""
+    found: dict[tuple, dict[str, Record]] = defaultdict(dict)
+    for place in ("h100_single_gpu", "h100_peers", "study/h100_single_gpu"):
+        for run in plain(DATA / place):
+            config = run.run
+            if config.model_name == RunConfig.model_name and config.tokens_per_step <= FEW_TOKENS:
+                how = config.gradient_checkpointing, config.memory_limit_gib, config.batch_size, config.seq_length
+                found[place, *how][config.title] = run
+    return [own for own in found.values() if len(own) == len(TITLES)]
+
+
+def offloaded(preset: str, **settings: Any) -> list[Record]:
+    """The H100's offloaded runs of the study's model with a preset as it is, on one GPU, and with these settings."""
+    sizes = ("batch_size", "seq_length", "iterations", "warmup", "memory_limit_gib", *KERNEL_NAMES)
+    runs = [r for r in listed(DATA, "deepspeed") if r.status == "ok" and answers.gpu_name(r) == "H100"]
+    runs = [r for r in runs if r.run.preset == preset and r.processes == 1 and not r.run.unusual("preset", *sizes)]
+    return [r for r in runs if all(getattr(r.run, name) == value for name, value in settings.items())]
+
+
+def newest() -> str:
+    """The day of the newest measurement."""
+    last = max(r.environment.date for r in records_below(DATA) if r.mode == "measured")
+    return f"{datetime.fromisoformat(last):%-d %B %Y}"
+
+
+def changes(runs: Iterable[dict[str, Record]], of: str, to: str) -> list[float]:
+    """How much longer a step takes when `of` becomes `to`, relative, ascending."""
+    return sorted(own[to].latency_s / own[of].latency_s - 1 for own in runs)
+
+
+@functools.cache
+def peaks_by_tokens(predicted: bool = False, of_several: str = "max") -> pd.DataFrame:
+    """Peaks in bytes, of runs with checkpointing, by model and tokens of a step: a column for each strategy."""
+    found = [r for r in plain(DATA) if r.run.gradient_checkpointing]
+    if predicted:
+        found = [r for name in ("predicted_tokens", "predicted_map") for r in folder(name).records]
+    rows = [
+        (r.run.model_name.removesuffix("-Instruct"), r.run.tokens_per_step, r.run.title, r.peak_memory_bytes)
+        for r in found
+    ]
+    table = pd.DataFrame(rows, columns=["model", "tokens", "kernels", "peak"]).dropna()
+    return table.groupby(["model", "tokens", "kernels"])["peak"].agg(of_several).unstack()
+
+
+def rule_errors() -> list[tuple[str, int, bool]]:
+    """Model, tokens, and whether what FLCE saved there is further from the rule than 0.7 GiB and 8 %."""
+    found = peaks_by_tokens()[[TITLES["none"], TITLES["all"]]].dropna()
+    rows = []
+    for (model, tokens), (none, every) in found.iterrows():
+        off = abs(none - every - Shape(model).saving_bytes(tokens))
+        rows.append((model, tokens, off > max(0.7 * GIB, 0.08 * (none - every))))
+    return rows
+
+
+def reached(pairs: dict[str, Pair], speed: float = 0, memory: float = 1) -> int:
+    """How many pairs become so many times as fast, and need at most this part of the memory."""
+    return sum(
+        every.throughput_tokens_per_s >= speed * none.throughput_tokens_per_s
+        and every.peak_memory_bytes <= memory * none.peak_memory_bytes
+        for none, every in pairs.values()
+    )
+
+
+def first_page() -> list[dict[str, Any]]:
+    """What the first page names of all that was run at 32 x 1024: doc/source/first_page.toml."""
+    return tomllib.loads((SOURCE / "first_page.toml").read_text())["point"]
+
+
+@functools.cache
+def headline() -> tuple[pareto.Choices, dict[str, pareto.Point]]:
+    """What ran at 32 x 1024 on the H100, and of it the rows of the first page, each with the speeds of all its runs."""
+    runs = [r for r in listed(DATA, "all_gpu") if r.environment.gpu == H100.name]
+    (own,) = (own for g, own in pareto.choices(runs).items() if g[:3] == (RunConfig(), 32, 1024))
+    labels = {own.label(point.record): point for point in own.points}
+    if missing := {named["label"] for named in first_page()} - labels.keys():
+        raise UsageError(f"no run at 32 x 1024 of {', '.join(missing)}")
+    return own, {named["row"]: labels[named["label"]] for named in first_page() if "row" in named}
+
+
 def share(record: Record, *categories: str) -> float:
     """The share of the peak that these categories of memory have."""
     return sum(record.peak_breakdown[name] for name in categories) / record.breakdown_peak_bytes
@@ -250,6 +355,19 @@ class Shape:
     def checkpoint_bytes(self, tokens: int) -> int:
         """The layer inputs that checkpointing keeps, in a 16-bit type."""
         return tokens * self.config.hidden_size * self.config.num_hidden_layers * 2
+
+    def saving_bytes(self, tokens: float) -> float:
+        """About what FLCE saves with bf16 weights, AdamW in bf16 and checkpointing.
+
+        Without it the peak is where the backward pass begins: weights and moments (6 bytes a weight) and three fp32
+        copies of the logits. With it the peak is where that pass ends: weights, moments and gradients (8 a weight).
+        """
+        return max(0.0, self.logits_bytes(tokens, 12) - 2 * self.parameters)
+
+    @property
+    def begins_to_save(self) -> float:
+        """The tokens of a step at which that is more than nothing."""
+        return self.parameters / (6 * self.config.vocab_size)
 
     def factor(self, budget: int = 1) -> int:
         """How many times as many logits as hidden numbers a token has, over the `budget`, rounded up."""
@@ -330,6 +448,11 @@ def predictions(runs: Iterable[Record]) -> list[Pair]:
             raise UsageError(f"no prediction of {run.run_name}: python -m doc.build --predictions")
         pairs.append((kept[name], run))
     return pairs
+
+
+def made_after(runs: Iterable[Record]) -> bool:
+    """Whether each prediction is younger than the measurement that it is of."""
+    return all(prediction.environment.date > run.environment.date for prediction, run in predictions(runs))
 
 
 def timed() -> dict[str, list[Compared]]:

@@ -142,6 +142,29 @@ def side_by_side(sizes: Mapping[str, tuple[Any, Choices]]) -> str:
     return markdown_table(header, rows)
 
 
+def savings_of(pairs: Mapping[str, Pair], brief: bool = False) -> str:
+    """What all kernels change in the peak and in the speed, pair by pair; `brief` without the figures themselves."""
+    header = ["trained", "none, GiB", "all, GiB", "memory", "none, tokens/s", "all, tokens/s", "speed"]
+    rows = []
+    for words, (none, every) in pairs.items():
+        memory = every.peak_memory_bytes / none.peak_memory_bytes - 1
+        faster = every.throughput_tokens_per_s / none.throughput_tokens_per_s - 1
+        rows.append([words, peak(none), peak(every), f"{memory:+.0%}", speed(none), speed(every), f"{faster:+.0%}"])
+    return markdown_table(*([header[::3], [row[::3] for row in rows]] if brief else [header, rows]))
+
+
+def headline() -> str:
+    """What the first page says: the peak, the speeds of all runs, and how exact the gradients are."""
+    rows = []
+    for words, point in evidence.headline()[1].items():
+        ends = sorted({point.speeds[0], point.speeds[-1]})
+        speeds = f"{' to '.join(f'{rate:,.0f}' for rate in ends)} ({len(point.speeds)})"
+        ratio = 1.0 if point.record.parity is None else point.record.parity.ratio
+        rows.append([words, f"{point.gib:.2f}", speeds, f"{ratio:.2f}"])
+    header = ["turned on", "peak GiB", "tokens/s, slowest to fastest (runs)", "gradient error / Hugging Face's"]
+    return markdown_table(header, rows)
+
+
 def _peaks(prediction: Record, run: Record) -> list[str]:
     """Measured and predicted peak, and the error; of a run that ran out of memory whether it was foreseen."""
     if run.status != "ok":

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import itertools
 import re
+import zipfile
 
 import pandas as pd
 import pytest
@@ -54,6 +55,18 @@ def test_another_text_makes_its_documents_stale(monkeypatch):
     assert build.stale() == ["peak.md", "group_10_liger_kernel.pptx"]
 
 
+def test_slides_have_numbers_and_an_author_and_the_reports_figures_are_numbered():
+    with zipfile.ZipFile(ROOT / "doc" / "group_10_liger_kernel.pptx") as slides:
+        assert f"<dc:creator>{build.AUTHOR}</dc:creator>" in slides.read("docProps/core.xml").decode()
+        pages = [slides.read(name).decode() for name in slides.namelist() if name.startswith("ppt/slides/slide")]
+    assert len(pages) > 10
+    assert all(page.count('type="slidenum"') == 1 for page in pages)
+    with zipfile.ZipFile(ROOT / "doc" / "group_10_midterm.docx") as report:
+        text = re.sub("<[^>]+>", "", report.read("word/document.xml").decode())
+    numbers = re.findall(r"Figure (\d+)\.", text)
+    assert numbers == [str(place + 1) for place in range(len(re.findall(r"!\[", build.render("report"))))]
+
+
 def test_spread_between_runs_that_compare_tells_is_that_of_the_records():
     found = studies.repeats()
     steps = found[found["tokens"] < MANY_TOKENS]["step"]
@@ -86,7 +99,9 @@ def test_tables_of_a_users_records_whatever_became_of_them(tmp_path, monkeypatch
     assert evidence.strange == {tmp_path / "again"}
 
 
-@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*TEXTS, ROOT / "doc" / "guide.md", ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name
+)
 def test_links_and_pictures_exist(path):
     targets = re.findall(r"\]\(([^)\s]+)\)", path.read_text())
     local = [target.partition("#")[0] for target in targets if "://" not in target]
@@ -102,6 +117,14 @@ def test_figures_of_the_readmes_tables_are_those_of_the_documents():
     assert len(shown) > 5
     for row in shown:  # which may leave columns out
         assert any(all(cell in rest for cell in row) for rest in map(iter, known)), row
+
+
+def test_figures_of_the_readmes_first_page_are_in_the_report():
+    first_page = TEXTS[-1].read_text().partition("## Quick start")[0]
+    figures = set(re.findall(r"\d[\d,]*(?:\.\d+)?", re.sub(r"\]\([^)]*\)", "", first_page)))
+    report = set(re.findall(r"\d[\d,]*(?:\.\d+)?", (ROOT / "doc" / "report.md").read_text()))
+    assert len(figures) > 20
+    assert figures <= report
 
 
 def test_readme_states_the_errors_of_the_predictions():

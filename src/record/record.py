@@ -148,7 +148,7 @@ class Record(_Typed):
     predicted_cpu_s: float | None = pydantic.Field(None, ge=0, lt=1e9)  # what the CPU works to launch that
     predicted_bound: Literal["gpu", "launches"] | None = None  # which of the two has more to do
     predicted_rates: str | None = None  # where the rates of the GPU come from
-    floor_s: Seconds | None = None  # under offloading: no step can be faster on this machine, see src/offload/floor.py
+    floor_s: Seconds | None = None  # under offloading: at the rates measured in the same run, see src/offload/floor.py
     floor: dict[str, float] | None = None  # what the floor is made of
     losses: list[float | None] | None = None
     loss: float | None = None  # of the last timed step
