@@ -39,6 +39,7 @@ from PIL import Image  # comes with matplotlib
 
 from doc import evidence, pictures, studies, tables
 from doc.evidence import ROOT
+from src.advise.request import LEFT_FREE
 from src.check import curves
 from src.machine import H100
 from src.predict import frontier
@@ -53,6 +54,7 @@ TEXTS = [
     "peers",
     "people",
     "predicted_time",
+    "advice",
     "offload",
     "scaling",
     "peak",
@@ -97,6 +99,7 @@ def context(folder: str, command: str) -> dict[str, Any]:
         "setting_words": setting_words,
         "H100": H100,
         "frontier": frontier,
+        "left_free": LEFT_FREE,
     }
 
 

@@ -5,10 +5,12 @@ A record that is missing is a `UsageError`: no document is made without what it 
 
 import dataclasses
 import functools
+import itertools
+import json
 import os
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "doc" / "data"
 SOURCE = ROOT / "doc" / "source"
 # The runs of which predictions are kept, and where these are.
-PREDICTED_RUNS = ("h100_single_gpu", "h100_techniques", "h100_peers", "h100_people", "h200_single_gpu", "h200_peers")
+_H100_RUNS = ("h100_single_gpu", "h100_techniques", "h100_peers", "h100_people")
+_H200_RUNS = ("h200_single_gpu", "h200_peers", "h200_people")
+PREDICTED_RUNS = (*_H100_RUNS, *_H200_RUNS)
 # A GPU's word -> the runs to which its rates were fitted, see src/study/fit_rates.py.
 FITTED_RUNS = {"h100": ("h100_single_gpu", "h100_techniques"), "h200": ("h200_single_gpu", "h200_peers")}
 PREDICTIONS = {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
@@ -463,6 +467,31 @@ def timed() -> dict[str, list[Compared]]:
         found = [c for name, pairs in own.items() for c in fit_rates.compared(pairs, name) if _gpu_word(c.run) == gpu]
         groups |= {f"{gpu.upper()}, {name}": runs for name, runs in fit_rates.by_fit(found, fitted).items() if runs}
     return groups
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """What doc/data/`name` holds, a JSON object a line."""
+    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+def off(rows: Iterable[Mapping[str, Any]], guess: str, measured: str) -> list[float]:
+    """Errors of rows' predictions, relative, without signs, largest first."""
+    return sorted((abs(row[guess] / row[measured] - 1) for row in rows), reverse=True)
+
+
+def many_tokens(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows of advice whose steps have as many tokens as times are meant to be predicted closely for."""
+    return [row for row in rows if row["config"]["batch_size"] * row["config"]["seq_length"] >= fit_rates.MANY_TOKENS]
+
+
+def orders(rows: Iterable[Mapping[str, Any]], apart: float = 0.02) -> tuple[int, int]:
+    """Of situations whose two times differ by so much: how often the faster one was named, and how often not."""
+    verdicts = []
+    for _, both in itertools.groupby(rows, lambda row: row["situation"]):
+        fast, *slow = sorted(both, key=lambda row: row["measured_s"])
+        if slow and slow[0]["measured_s"] >= (1 + apart) * fast["measured_s"]:
+            verdicts.append(fast["predicted_s"] < slow[0]["predicted_s"])
+    return sum(verdicts), len(verdicts) - sum(verdicts)
 
 
 def apart(runs: Folder, again: Folder) -> list[float]:

@@ -76,6 +76,7 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "ms": lambda seconds: f"{seconds * 1e3:,.0f} ms",
     "tokens": lambda rate: f"{rate:,.0f} tokens/s",
     "percent": lambda share: f"{share:.0%}",
+    "percent1": lambda share: f"{share:.1%}",
     "percent3": lambda share: f"{share:.3%}",
     "gb_per_s": lambda rate: f"{rate / 1e9:,.0f} GB/s",
     "times": _number,
@@ -197,6 +198,25 @@ def step_times(found: Sequence[Compared]) -> str:
         times = [f"{seconds * 1e3:,.1f}" for seconds in (own.run.latency_s, own.predicted.seconds)]
         rows.append([*_cell(own.run), *times, f"{own.error:+.1%}", own.predicted.bound])
     return markdown_table([*CELL, "measured ms", "predicted ms", "error", "bound by"], rows)
+
+
+def advised(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Advice, and what its choices showed when they were run: peak, time, and how far each was predicted off."""
+    header = ("wanted", "model", "batch x seq", "limit GiB", "choice", "peak GiB", "off", "ms a step", "off", "")
+    shown = []
+    for row in rows:
+        config, own = row["config"], row["situation"]
+        peak, time, guess = row["measured_peak_bytes"], row["measured_s"], row["predicted_s"]
+        figures = ["", ""] if peak is None else [f"{peak / GIB:.2f}", f"{row['predicted_peak_bytes'] / peak - 1:+.3%}"]
+        figures += (
+            ["", ""] if time is None else [f"{time * 1e3:,.1f}", f"{guess / time - 1:+.1%}" if guess else "not known"]
+        )
+        limit = "all" if own["gpu_memory_gib"] is None else f"{row['limit_bytes'] / GIB:.2f}"
+        sizes = f"{config['batch_size']} x {config['seq_length']}"
+        status = {"ok": "", None: "not measured", "oom": "out of memory"}[row["status"]]
+        model = config["model_name"].rpartition("/")[2]
+        shown.append([f"{own['goal']}, {row['rank']}", model, sizes, limit, row["choice"], *figures, status])
+    return markdown_table(header, shown)
 
 
 def predicted_offload(pairs: Sequence[Pair]) -> str:

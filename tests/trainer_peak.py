@@ -1,6 +1,6 @@
-"""The peak of a steady step of Hugging Face's Trainer: Llama 3.2 1B with random fp32 weights, under bf16 or fp16 autocast.
+"""The peak of a steady step of Hugging Face's Trainer: Llama 3.2 1B, random fp32 weights, under bf16 or fp16 autocast.
 
-    python trainer.py bf16 OUT.json [--cpu]      # from the repository's root, which must be on PYTHONPATH
+    python -m tests.trainer_peak bf16 OUT.json [--cpu]
 
 8 x 1024 tokens, gradient checkpointing, fused AdamW, no clipping: the settings of
 all_gpu_liger_kernel.py --mixed_precision bf16 with every kernel off. --cpu tries the script on a tiny model.
