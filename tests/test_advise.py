@@ -100,7 +100,7 @@ def test_largest_batch_is_the_one_that_was_measured_but_for_the_memory_that_advi
     frontier = next(r.frontier for r in evidence.folder("h100_single_gpu").records if r.frontier and r.run.flce)
     found = answer("largest batch")
     same = next(o for o in found.ranked if o.choice.has(CHECKPOINTING) and not o.config.optimizer_in_backward)
-    assert 0.9 * frontier.measured <= same.config.batch_size <= frontier.measured
+    assert 0.8 * frontier.measured <= same.config.batch_size <= frontier.measured
     first = found.ranked[0]
     assert first.config.batch_size >= same.config.batch_size
     bigger = dataclasses.replace(first.config, batch_size=first.config.batch_size + 2)  # the search ends that close

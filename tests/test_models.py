@@ -50,6 +50,7 @@ ONE_OF_EACH_FAMILY = [next(iter(family.shapes)) for family in FAMILIES.values()]
 # Published on the models' pages.
 PARAMETERS = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "TinyLlama/TinyLlama_v1.1": 1_100_048_384,
     "meta-llama/Llama-3.2-3B": 3_212_749_824,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
     "meta-llama/Llama-3.1-70B": 70_553_706_496,

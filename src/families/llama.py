@@ -1,4 +1,4 @@
-"""Llama 3.1 and 3.2."""
+"""Llama 3.1 and 3.2, and TinyLlama, which is built as Llama 2."""
 
 from typing import Any
 
@@ -33,6 +33,20 @@ LLAMA = Family(
         "meta-llama/Llama-3.1-8B": _llama3(8.0, width=4096, mlp=14336, layers=32, heads=32, head_width=128, tied=False),
         "meta-llama/Llama-3.1-70B": _llama3(
             8.0, width=8192, mlp=28672, layers=80, heads=64, head_width=128, tied=False
+        ),
+        "TinyLlama/TinyLlama_v1.1": shape(
+            vocabulary=32000,
+            width=2048,
+            mlp=5632,
+            layers=22,
+            heads=32,
+            key_value_heads=4,
+            head_width=64,
+            positions=2048,
+            theta=10000.0,
+            tied=False,
+            bos_token_id=1,
+            eos_token_id=2,
         ),
         # For loss curves (src/check/convergence.py): some 40 million weights.
         "small-llama": tiny(vocabulary=16384, width=512, mlp=1408, layers=8, heads=8, key_value_heads=4, head_width=64),
