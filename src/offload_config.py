@@ -45,7 +45,7 @@ class OffloadConfig(RunConfig):
     """One run under ZeRO-3 with everything offloaded to the CPU. Run names are relative to the preset."""
 
     script: ClassVar[str] = "deepspeed"
-    without_flag: ClassVar[frozenset[str]] = frozenset({"world_size", "gpu_rates"})
+    without_flag: ClassVar[frozenset[str]] = frozenset({"world_size"})
 
     preset: str = option("original", "the original's settings, or ours for speed", tag="", choices=tuple(PRESETS))
     world_size: int = option(1, "processes, one per GPU", tag="gpus", flags=("num_gpus",), bounds=(1, 2**20))
