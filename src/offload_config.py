@@ -45,7 +45,7 @@ class OffloadConfig(RunConfig):
     """One run under ZeRO-3 with everything offloaded to the CPU. Run names are relative to the preset."""
 
     script: ClassVar[str] = "deepspeed"
-    without_flag: ClassVar[frozenset[str]] = frozenset({"world_size", "gpu_rates", "host_memory_gib", "phases"})
+    without_flag: ClassVar[frozenset[str]] = frozenset({"world_size", "host_memory_gib", "phases"})
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     preset: str = option("original", "the original's settings, or ours for speed", tag="", choices=tuple(PRESETS))

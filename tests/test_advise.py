@@ -14,7 +14,7 @@ from src.advise import lines, measured
 from src.advise.levers import CHECKPOINTING, CUDA_GRAPH, LARGER_CHUNKS, LORA, MLP_CHECKPOINTING, OFFLOAD, Choice, liger
 from src.advise.outcomes import Outcome, outcome, side_by_side
 from src.advise.ranking import ALIKE, advice, shipped_parities, why
-from src.advise.report import report
+from src.advise.report import report, rows
 from src.advise.request import request
 from src.advise.search import Search, resident_bytes
 from src.advise.sizes import SizeSearch
@@ -220,6 +220,17 @@ def test_of_times_that_no_prediction_tells_apart_the_least_change_is_first():
     graph = dataclasses.replace(base, choice=Choice((CUDA_GRAPH,)), seconds=1 / (1 + ALIKE / 2))
     assert advice(asked, [graph, base], {}).ranked == [base, graph]
     assert advice(asked, [dataclasses.replace(graph, seconds=0.9), base], {}).ranked[0].seconds == 0.9
+
+
+def test_offloaded_choice_has_no_time_but_says_what_it_takes_at_least():
+    asked = request(**SITUATIONS["tiny"], gpu_rates="h100")
+    choice, config = Choice((OFFLOAD,)), asked.with_settings(offloaded=True)
+    found = outcome((choice, config), asked.card, asked.limit_bytes)
+    assert (found.seconds, found.config.gpu_rates) == (None, "h100")
+    (_, row) = rows(advice(asked, [found], {}), {})
+    assert f"at least {found.floor_s * 1e3:,.1f}" in row
+    (_, row) = rows(advice(asked, [dataclasses.replace(found, floor_s=None)], {}), {})
+    assert "not known" in row
 
 
 def test_measured_choices_say_how_far_off_predictions_were():

@@ -1,16 +1,34 @@
-"""The floor of an offloaded step: its arithmetic, and the work it counts against a counter and counts by hand."""
+"""The floor of an offloaded step: its arithmetic, and the work it counts against a counter and counts by hand.
 
+And the floor that a dry run states, at rates that are compared with what the committed records measured.
+"""
+
+import dataclasses
+import json
+import statistics
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from src.model_utils import build_model
+import deepspeed_liger_kernel as script
+from doc import evidence
+from src import machine
+from src.measure import machine_rates
+from src.measure.devices import HostRuntime
+from src.model_utils import TORCH_DTYPES, build_model
 from src.offload import floor
 from src.offload.floor import floor_seconds, work
+from src.offload.simulated import SimulatedRank
 from src.offload.team import combined
 from src.offload_config import OffloadConfig
+from src.predict import calibrate
+from src.predict.dry_run import predict
+from src.predict.rates import FITTED, OffloadRates, load, save
+from src.record.recorder import new_record
+from src.record.report import report
+from src.utils import UsageError
 from tests.helpers import HUGGING_FACE, write_llama_folder
 
 NAMES = ("matmul_flops_per_s", "to_gpu_bytes_per_s", "to_host_bytes_per_s", "host_memory_bytes_per_s")
@@ -134,3 +152,103 @@ def test_floor_of_a_run_is_that_of_the_slowest_rank_or_none_if_one_is_full(model
         expected = floor_seconds(*work(model, config), slowest, 2)
         assert seconds == pytest.approx(expected.pop("floor_s"))
         assert parts == pytest.approx(expected | slowest)
+
+
+# The floor of a dry run
+
+KNOWN = OffloadRates(
+    source="by hand", cores=3, matmul_flops={"fp16": 1e30}, to_gpu_bytes=10, to_host_bytes=5, host_memory_bytes=20
+)
+
+
+def test_predicted_floor_is_work_by_hand_over_the_rates(model):
+    found = floor.predicted(model, offloaded(dtype="fp16", gradient_accumulation_steps=3), KNOWN)
+    trained = LAYERS + REST
+    forward, backward, adam = 2 * trained / 10, 2 * trained / 5, 28 * trained / 20
+    expected = {"forward_s": forward, "backward_s": backward, "adam_s": adam, "host_cores": 3}
+    expected |= dict(zip(NAMES, (1e30, 10, 5, 20))) | {"floor_s": adam + backward + 2 * (forward + backward)}
+    assert found == pytest.approx(expected)
+
+
+ON_GPU = json.dumps({"zero_optimization": {"offload_param": None, "offload_optimizer": None}})
+
+
+@pytest.mark.parametrize(
+    ("rates", "fields"),
+    [(None, {}), (KNOWN, {"dtype": "bf16"}), (KNOWN, {"world_size": 2}), (KNOWN, {"ds_override": ON_GPU})],
+    ids=["no rates", "another dtype", "several GPUs", "not offloaded"],
+)
+def test_no_floor_is_predicted_where_it_is_not_known(model, rates, fields):
+    assert floor.predicted(model, offloaded(**{"dtype": "fp16"} | fields), rates) is None
+
+
+def test_dry_run_states_the_floor_apart_from_a_measured_one(model):
+    config = offloaded(dtype="bf16", device="cuda", dry_run=True)
+    record = new_record(config, "predicted", machine.environment(on_gpu=False))
+    predict(config, script.build_experiment, simulate=SimulatedRank).fill(record)
+    expected = floor.predicted(model, config, FITTED.offload)
+    assert record.predicted_floor_s == pytest.approx(expected.pop("floor_s"))
+    assert record.predicted_floor == pytest.approx(expected)
+    assert record.predicted_floor_rates == FITTED.offload.source
+    assert record.floor_s is record.floor is record.predicted_latency_s is None
+    told = f"{record.predicted_floor_s * 1e3:,.1f} ms  a bound from below, not the step's time; rates: medians of"
+    assert told in report(record).partition("Floor, predicted")[2]
+
+
+def test_h100s_rates_are_the_medians_of_its_records():
+    places = "h100_offload", "h100_scaling", "study/h100_offload"
+    runs = [r for place in places for r in evidence.folder(place).records if r.floor and r.processes == 1]
+    own = FITTED.offload
+    assert {(r.environment.gpu, r.environment.cpu_count) for r in runs} == {(FITTED.gpu, own.cores)}
+    assert f"medians of {len(runs)} floors" in own.source
+    for name, rate in zip(NAMES[1:], (own.to_gpu_bytes, own.to_host_bytes, own.host_memory_bytes)):
+        assert rate == pytest.approx(statistics.median(r.floor[name] for r in runs), rel=5e-3)
+    assert own.matmul_flops.keys() == {r.run.dtype for r in runs}
+    for dtype, rate in own.matmul_flops.items():
+        measured = statistics.median(r.floor[NAMES[0]] for r in runs if r.run.dtype == dtype)
+        assert rate == pytest.approx(measured, rel=5e-3)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Small measurements on the CPU, each of which takes half a second by its clock."""
+    monkeypatch.setattr(machine_rates, "WIDTH", 8)
+    monkeypatch.setattr(machine_rates, "HOST_BYTES", 4096)
+    monkeypatch.setattr(machine_rates, "_best_seconds", lambda work, runtime: (work(), 0.5)[1])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr("src.measure.devices.CudaRuntime", lambda config: HostRuntime())
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_SIZE", "1")
+
+
+@pytest.mark.usefixtures("timed")
+def test_rates_of_a_floor_are_what_moves_over_the_time_it_takes():
+    found = floor.measure_rates(torch.bfloat16, HostRuntime())
+    assert found == dict(zip(NAMES, (2 * 8**3 / 0.5, 2048 / 0.5, 2048 / 0.5, 2 * 4096 / 0.5)))
+    own = calibrate.offload_rates("Card")
+    assert own == OffloadRates(
+        source="measured on Card",
+        cores=machine.usable_cores(),
+        matmul_flops=dict.fromkeys(TORCH_DTYPES, found[NAMES[0]]),
+        **{name.removesuffix("_per_s"): found[name] for name in NAMES[1:]},
+    )
+
+
+def test_file_keeps_the_rates_of_a_floor_and_an_older_one_has_none(tmp_path):
+    file = tmp_path / "rates.json"
+    save(FITTED, file)
+    assert load(file) == FITTED
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in values.items() if name != "offload"}))
+    assert load(file) == dataclasses.replace(FITTED, offload=None)
+
+
+@pytest.mark.parametrize(
+    "absurd", [5, {"cores": -1}, {"to_gpu_bytes": 1e-300}, {"matmul_flops": {"fp8": 1e15}}, {"source": 5}], ids=str
+)
+def test_rates_of_a_floor_that_no_machine_has_are_told(tmp_path, absurd):
+    file = tmp_path / "rates.json"
+    values = dataclasses.asdict(FITTED)
+    file.write_text(json.dumps(values | {"offload": absurd if absurd == 5 else values["offload"] | absurd}))
+    with pytest.raises(UsageError, match="no file of rates"):
+        load(file)

@@ -241,6 +241,7 @@ def test_another_gpus_rates_are_the_same_shares_of_its_data_sheet():
     assert rates.matmul_flops["bf16"] / FITTED.matmul_flops["bf16"] == pytest.approx(312 / 989.4)
     assert rates.memory_bytes / FITTED.memory_bytes == pytest.approx(2.039 / 3.35)
     assert "data sheet" in rates.source
+    assert rates.offload is None  # it tells nothing of the machine around the GPU
     assert rates_asked_for(None, H100) is FITTED
     assert rates_asked_for(None, Gpu(other.name, (8, 0), 108)) == rates  # as PyTorch tells of it
     assert rates_asked_for(None, Gpu("another", (8, 0), 108)) is None

@@ -33,6 +33,7 @@ class Outcome:
     seconds: float | None  # of a step; None: no dry run can tell
     bound: str | None  # "gpu" or "launches"
     host_bytes: int | None = None  # of the whole job; None: nothing of it is kept on the host
+    floor_s: float | None = None  # an offloaded step takes no less; None: not known
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -73,6 +74,7 @@ def outcome_and_timeline(trial: Trial, card: Gpu, limit_bytes: int) -> tuple[Out
         seconds=time and time.seconds,
         bound=time and time.bound,
         host_bytes=found.host_peak_bytes,
+        floor_s=found.floor and found.floor["floor_s"],
     )
     return shown, found.timeline
 

@@ -75,12 +75,19 @@ def _row(outcome: Outcome, known: Known) -> list[str]:
         outcome.choice.name,
         f"{config.batch_size} x {config.seq_length}",
         _gib(outcome),
-        "not known" if speed is None else f"{outcome.seconds * 1e3:,.1f}",
+        _step(outcome),
         "" if speed is None else f"{speed:,.0f}",
         outcome.choice.training or ("rounded otherwise" if changes_numerics(config) else "the same"),
         "" if parity is None or parity.ratio is None else f"{parity.ratio:.2f}",
         ", ".join(needed(outcome)),
     ]
+
+
+def _step(outcome: Outcome) -> str:
+    """In ms. Of an offloaded step only what it takes at least: how much more is not known."""
+    if outcome.seconds is not None:
+        return f"{outcome.seconds * 1e3:,.1f}"
+    return "not known" if outcome.floor_s is None else f"at least {outcome.floor_s * 1e3:,.1f}"
 
 
 def needed(outcome: Outcome) -> list[str]:

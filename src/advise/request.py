@@ -54,7 +54,7 @@ class Request:
     def _offloaded(self) -> RunConfig:
         base = self.base
         own = PRESETS["fast"] | {"preset": "fast", "model_name": base.model_name, "dtype": base.dtype}
-        sizes = {"batch_size": base.batch_size, "seq_length": base.seq_length}
+        sizes = {"batch_size": base.batch_size, "seq_length": base.seq_length, "gpu_rates": base.gpu_rates}
         return OffloadConfig(dry_run=True, device="cuda", **own, **sizes)
 
 

@@ -13,20 +13,21 @@ A step has to do three kinds of work, and these rules say what may overlap:
 
 Method: Ren et al. 2021 (ZeRO-Offload), section 3, with this machine's rates. Several ranks share PCIe and host memory
 as their partitions do; micro-batches after the first add a forward and a backward pass.
-"""
 
-import time
-from collections.abc import Callable
+A dry run states the same at rates that were measured before (src/predict/rates.py). It bounds the step from below, and
+says nothing of how far above it the step stays.
+"""
 
 import torch
 from transformers import PretrainedConfig
 
 from src.experiment import Runtime
 from src.machine import local_ranks
+from src.measure.machine_rates import host_rates, matmul_flops
 from src.model_utils import TORCH_DTYPES, adapters_of_layer, flops_of_passes, full_shape, parameter_counts
 from src.offload.team import largest
 from src.offload_config import OffloadConfig
-from src.utils import GIB
+from src.predict.rates import OffloadRates
 
 # Bytes that one update of a parameter has to read and write: 16-bit gradient read; master weights and two moments read
 # and written; a 16-bit copy of the weights written unless they are the master weights.
@@ -60,11 +61,12 @@ def work(model: torch.nn.Module, config: OffloadConfig) -> tuple[float, float, d
     recomputed = forward - _never_recomputed(shape, config) * config.tokens_per_step / passes
     recomputed *= sum(layer.gradient_checkpointing for layer in model.model.layers) / shape.num_hidden_layers
     width = TORCH_DTYPES[config.dtype].itemsize / config.world_size
+    ranks_here = min(local_ranks(), config.world_size)  # a dry run of one rank may run among others
     moved = {
         "forward_to_gpu": width * (layers + rest),
         "backward_to_gpu": width * layers,
         "to_host": width * trained,
-        "adam": UPDATE_BYTES[config.optimizer_states] * trained * local_ranks() / config.world_size,
+        "adam": UPDATE_BYTES[config.optimizer_states] * trained * ranks_here / config.world_size,
     }
     return forward, backward + recomputed, moved
 
@@ -98,30 +100,25 @@ def of_run(model: torch.nn.Module, config: OffloadConfig, runtime: Runtime) -> t
 
 
 def measure_rates(dtype: torch.dtype, runtime: Runtime) -> dict[str, float]:
-    """What this machine does at best: matrix products, copies over PCIe, and updating host memory in place."""
-    n, device = 8192, runtime.device
-    matrix = torch.randn(n, n, device=device, dtype=dtype)
-    matmul_s = _best_seconds(lambda: matrix @ matrix, runtime)
-    count = GIB // 4
-    # Ranks of one machine share its memory, so each measures while the others do.
-    on_host, pinned = torch.ones(count), torch.ones(count // 2).pin_memory()
-    on_gpu = torch.empty(count // 2, device=device)
-    moved = 4 * (count // 2)
-    return {
-        "matmul_flops_per_s": 2 * n**3 / matmul_s,
-        "to_gpu_bytes_per_s": moved / _best_seconds(lambda: on_gpu.copy_(pinned, non_blocking=True), runtime),
-        "to_host_bytes_per_s": moved / _best_seconds(lambda: pinned.copy_(on_gpu, non_blocking=True), runtime),
-        "host_memory_bytes_per_s": local_ranks() * 8 * count / _best_seconds(lambda: on_host.mul_(0.999), runtime),
+    """What this machine does at best, by `floor_seconds`'s names."""
+    return {"matmul_flops_per_s": matmul_flops(dtype, runtime)} | host_rates(runtime)
+
+
+def predicted(model: torch.nn.Module, config: OffloadConfig, rates: OffloadRates | None) -> dict[str, float] | None:
+    """`floor_seconds` at rates that were measured before; None where it is not known.
+
+    Several GPUs share PCIe and host memory in a way that rates of one do not tell, and weights or states that stay on
+    the GPU cross nothing.
+    """
+    if rates is None or config.world_size > 1 or not (config.weights_on_cpu and config.optimizer_on_cpu):
+        return None
+    if config.dtype not in rates.matmul_flops:
+        return None
+    own = {
+        "matmul_flops_per_s": rates.matmul_flops[config.dtype],
+        "to_gpu_bytes_per_s": rates.to_gpu_bytes,
+        "to_host_bytes_per_s": rates.to_host_bytes,
+        "host_memory_bytes_per_s": rates.host_memory_bytes,
     }
-
-
-def _best_seconds(work: Callable[[], object], runtime: Runtime, repeats: int = 7) -> float:
-    """The shortest of several runs: what the machine can do, not what it does on average."""
-    seconds = []
-    for _ in range(repeats):
-        runtime.synchronize()
-        start = time.perf_counter()
-        work()
-        runtime.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    parts = floor_seconds(*work(model, config), own, config.gradient_accumulation_steps)
+    return parts | own | {"host_cores": rates.cores}

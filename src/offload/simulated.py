@@ -22,12 +22,14 @@ import torch
 from src import overrides
 from src.config import RunConfig
 from src.machine import Gpu
+from src.offload import floor
 from src.offload.host_memory import PROCESS_BYTES
 from src.offload.many_ranks import only_own_pieces
 from src.offload_config import OffloadConfig
 from src.predict.fake_gpu import FakeGpu, aten
 from src.predict.fake_machine import FakeMachine
 from src.predict.live_memory import tensors_in
+from src.predict.rates import Rates
 from src.predict.work import NO_KERNEL, Work
 
 # Of the offloaded records under doc/data/.
@@ -58,6 +60,10 @@ class SimulatedRank(FakeMachine):
     def host_peak_bytes(self) -> int:
         """What the ranks of all machines take, and their processes beside the tensors."""
         return self._world_size * (self.host.peak_bytes + PROCESS_BYTES)
+
+    def floor(self, model: torch.nn.Module, config: OffloadConfig, rates: Rates) -> dict[str, float] | None:
+        """By src/offload/floor.py."""
+        return floor.predicted(model, config, rates.offload)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A byte that is read is the flag that some gradient overflowed: none does.

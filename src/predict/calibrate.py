@@ -4,7 +4,8 @@
     python all_gpu_liger_kernel.py --dry_run --gpu_rates my_gpu.json     # here or anywhere
 
 Matrix products in three dtypes, attention forwards and backwards, copies, the moment between two kernels, and what the
-CPU takes for a small training step. Sustained rates: each is measured for a moment after a warm-up.
+CPU takes for a small training step. Sustained rates: each is measured for a moment after a warm-up. And, at best, what
+the floor of an offloaded step is made of: PCIe and host memory, for deepspeed_liger_kernel.py --dry_run.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from src import program
 from src.utils import UsageError, aligned_table, check_writable
 
 if TYPE_CHECKING:
-    from src.predict.rates import Rates
+    from src.predict.rates import OffloadRates, Rates
 
 # Other imports stand in functions: --help and mistakes are answered at once.
 
@@ -166,6 +167,21 @@ def cpu_slowness(device: str, about_s: float) -> float:
         return seconds_of(step_on(device), device, about_s) / usual_s
 
 
+def offload_rates(name: str) -> "OffloadRates":
+    """Those of the floor of an offloaded step, by its own measurements, on this machine's GPU of that name."""
+    from src.config import RunConfig
+    from src.machine import usable_cores
+    from src.measure.devices import CudaRuntime
+    from src.measure.machine_rates import host_rates, matmul_flops
+    from src.model_utils import TORCH_DTYPES
+    from src.predict.rates import OffloadRates
+
+    runtime = CudaRuntime(RunConfig(dtype="fp32"))
+    products = {dtype: matmul_flops(TORCH_DTYPES[dtype], runtime) for dtype in TORCH_DTYPES}
+    host = {name.removesuffix("_per_s"): rate for name, rate in host_rates(runtime).items()}
+    return OffloadRates(source=f"measured on {name}", cores=usable_cores(), matmul_flops=products, **host)
+
+
 def measured_rates(sizes: Sizes, device: str, name: str) -> "Rates":
     """All of it, as the rates of a GPU of that name."""
     from src.model_utils import TORCH_DTYPES
@@ -184,6 +200,7 @@ def measured_rates(sizes: Sizes, device: str, name: str) -> "Rates":
         operation_s=FITTED.operation_s * slowness,
         triton_s=FITTED.triton_s * slowness,
         checkpointed_s=FITTED.checkpointed_s * slowness,
+        offload=offload_rates(name) if device == "cuda" else None,  # a CPU has no PCIe to a host
     )
 
 
@@ -212,6 +229,11 @@ def _run() -> int:
         ("between two kernels", f"{rates.kernel_s * 1e6:,.1f} us"),
         ("an operation on the CPU", f"{rates.operation_s * 1e6:,.1f} us"),
         ("a Triton launch, estimated", f"{rates.triton_s * 1e6:,.1f} us"),
+    ]
+    rows += [
+        ("host to GPU", f"{rates.offload.to_gpu_bytes / 1e9:,.1f} GB/s"),
+        ("GPU to host", f"{rates.offload.to_host_bytes / 1e9:,.1f} GB/s"),
+        (f"host memory, {rates.offload.cores} cores", f"{rates.offload.host_memory_bytes / 1e9:,.1f} GB/s"),
     ]
     print(f"{aligned_table(rows, 'lr')}\n\nrates    {file}")
     return 0

@@ -91,6 +91,7 @@ class Prediction:
     model_flops: int
     works: list[Work] | None  # what the step asks of the GPU; None: not counted, as part of it is on the host
     rates: Rates | None  # of the GPU; None: not known
+    floor: dict[str, float] | None  # of an offloaded step, see src/offload/floor.py; None: not known
     implementations: dict[str, str]
     gpu: FakeGpu = field(repr=False)
     experiment: Experiment = field(repr=False)  # while it lives, so does its memory on `gpu`
@@ -130,6 +131,10 @@ class Prediction:
             record.predicted_latency_s, record.predicted_bound = time.seconds, time.bound
             record.predicted_gpu_s, record.predicted_cpu_s = time.gpu_s, time.cpu_s
             record.predicted_rates = self.rates.source
+        if self.floor is not None:
+            parts = dict(self.floor)
+            record.predicted_floor_s, record.predicted_floor = parts.pop("floor_s"), parts
+            record.predicted_floor_rates = self.rates.offload.source
 
 
 def predict(
@@ -203,6 +208,7 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
         model_flops=flops_per_step(experiment.model, config),
         works=works,
         rates=rates,
+        floor=None if rates is None else gpu.floor(experiment.model, config, rates),
         implementations=implementations(experiment.model),
         gpu=gpu,
         experiment=experiment,

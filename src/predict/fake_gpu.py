@@ -19,9 +19,11 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from src.config import RunConfig
 from src.machine import H100, Gpu
 from src.predict.allocator import CachingAllocator, Piece
 from src.predict.live_memory import LiveMemory
+from src.predict.rates import Rates
 from src.predict.work import WAIT, Work, triton_work, work_of
 from src.utils import UsageError
 
@@ -137,6 +139,10 @@ class FakeGpu(LiveMemory):
 
     def host_peak_bytes(self) -> int | None:
         """Host memory that the whole job has taken at most; None: not simulated."""
+        return None
+
+    def floor(self, model: torch.nn.Module, config: RunConfig, rates: Rates) -> dict[str, float] | None:
+        """What a step must at least take, and what that is made of; None: nothing is offloaded, or it is not known."""
         return None
 
     def begin_counting(self) -> None:

@@ -19,6 +19,23 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
+class OffloadRates:
+    """What the floor of an offloaded step is made of, see src/offload/floor.py. FLOP/s and bytes/s, at best.
+
+    Of one GPU, and of the host beside it: no data sheet of a GPU tells these.
+    """
+
+    source: str  # where the numbers come from, for a person
+    cores: int  # of the host that the process could use
+    # Of one large product, by dtype, where it is known. More than `Rates.matmul_flops`, which those of a model reach:
+    # with them the floor would not be one.
+    matmul_flops: Mapping[str, float]
+    to_gpu_bytes: float  # over PCIe
+    to_host_bytes: float
+    host_memory_bytes: float  # read and written, as Adam does
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rates:
     """What a training step gets out of a GPU and its CPU. FLOP, bytes and seconds."""
 
@@ -32,6 +49,7 @@ class Rates:
     operation_s: float  # of the CPU, for each operation of PyTorch's, with the Python code around it
     triton_s: float  # of the CPU, for each launch of a Triton kernel, with the Python code around it
     checkpointed_s: float  # of the CPU, more for each of them in a part that is checkpointed, or computed again
+    offload: OffloadRates | None = None  # None: not known, also in files of earlier versions
 
     def seconds(self, work: Work) -> float:
         """How long the GPU works on an operation."""
@@ -72,6 +90,15 @@ FITTED = Rates(
     operation_s=15.4e-6,
     triton_s=105e-6,
     checkpointed_s=8.9e-6,
+    # Of the records under doc/data/, see tests/test_offload_floor.py.
+    offload=OffloadRates(
+        source="medians of 88 floors measured on one H100 with 16 cores",
+        cores=16,
+        matmul_flops={"bf16": 753e12, "fp16": 734e12},
+        to_gpu_bytes=54.8e9,
+        to_host_bytes=54.9e9,
+        host_memory_bytes=130e9,
+    ),
 )
 
 
@@ -105,6 +132,7 @@ def of_card(card: Gpu) -> Rates | None:
         attention_flops=FITTED.attention_flops * faster,
         attention_backward_flops=FITTED.attention_backward_flops * faster,
         memory_bytes=FITTED.memory_bytes * card.memory_bytes_per_s / H100.memory_bytes_per_s,
+        offload=None,
     )
 
 
@@ -126,8 +154,11 @@ def save(rates: Rates, path: Path) -> None:
 def load(path: Path) -> Rates:
     """Read them back. Raises `UsageError` if the file has none, or such as no machine has."""
     try:
-        rates = Rates(**json.loads(path.read_text(encoding="utf-8")))
-        if not (isinstance(rates.gpu, str) and isinstance(rates.source, str)):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        offload = values.get("offload")
+        rates = Rates(**values | {"offload": None if offload is None else OffloadRates(**offload)})
+        words = [rates.gpu, rates.source] + ([] if rates.offload is None else [rates.offload.source])
+        if not all(isinstance(word, str) for word in words):
             raise ValueError("gpu and source must be words")
         for name, number, usual in _numbers(rates):
             if not usual / _FAR <= number <= usual * _FAR:
@@ -143,5 +174,10 @@ def _numbers(rates: Rates) -> Iterator[tuple[str, float, float]]:
     for dtype in TORCH_DTYPES:
         yield f"matmul_flops of {dtype}", rates.matmul_flops[dtype], FITTED.matmul_flops[dtype]
     for name, number in vars(rates).items():
-        if name not in ("gpu", "source", "matmul_flops"):
+        if name not in ("gpu", "source", "matmul_flops", "offload"):
             yield name, number, getattr(FITTED, name)
+    if rates.offload is not None:
+        for dtype, number in rates.offload.matmul_flops.items():
+            yield f"offload's matmul_flops of {dtype}", number, FITTED.matmul_flops[dtype]
+        for name in ("cores", "to_gpu_bytes", "to_host_bytes", "host_memory_bytes"):
+            yield f"offload's {name}", getattr(rates.offload, name), getattr(FITTED.offload, name)

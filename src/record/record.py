@@ -150,6 +150,10 @@ class Record(_Typed):
     predicted_rates: str | None = None  # where the rates of the GPU come from
     floor_s: Seconds | None = None  # under offloading: at the rates measured in the same run, see src/offload/floor.py
     floor: dict[str, float] | None = None  # what the floor is made of
+    # Of a prediction: the floor at rates that were measured before. It bounds the step from below, and is not its time.
+    predicted_floor_s: Seconds | None = None
+    predicted_floor: dict[str, float] | None = None
+    predicted_floor_rates: str | None = None  # where these rates come from
     losses: list[float | None] | None = None
     loss: float | None = None  # of the last timed step
     grad_norm: float | None = None

@@ -166,6 +166,9 @@ def _figures(record: Record) -> str:
         rows += _speed_rows(record)
     if record.predicted_latency_s is not None:
         rows += _predicted_speed_rows(record)
+    if record.predicted_floor_s is not None:
+        told = f"a bound from below, not the step's time; rates: {record.predicted_floor_rates}"
+        rows.append(("Floor, predicted", f"{record.predicted_floor_s * 1e3:,.1f} ms", told))
     if record.host_peak_bytes is not None:
         rows.append(("Host memory peak", format_bytes(record.host_peak_bytes), ""))
     if record.predicted_host_bytes is not None:

@@ -36,6 +36,7 @@ FIGURES: dict[str, tuple[Callable[[Record], float | None], Callable[[float], str
     "throughput": (lambda r: r.throughput_tokens_per_s, lambda rate: f"{rate:,.0f} tokens/s"),
     "MFU": (lambda r: r.mfu, lambda share: f"{share:.1%}"),
     "floor": (lambda r: r.floor_s, lambda seconds: f"{seconds * 1e3:,.2f} ms"),
+    "floor, predicted": (lambda r: r.predicted_floor_s, lambda seconds: f"{seconds * 1e3:,.1f} ms"),
     "last loss": (lambda r: r.loss, lambda loss: f"{loss:.4f}"),
     "gradient error": (lambda r: r.parity and r.parity.run.gradient, lambda error: f"{error:.3%}"),
     "over Hugging Face's": (lambda r: r.parity and r.parity.ratio, lambda ratio: f"{ratio:.2f}"),
