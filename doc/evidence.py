@@ -516,6 +516,22 @@ def errors(runs: Iterable[Record], of: Callable[..., float | None] = error) -> l
     return sorted((abs(off) for off in found if off is not None), reverse=True)
 
 
+def floors(runs: Iterable[Record]) -> list[Pair]:
+    """Predictions that state a floor, and the runs on a GPU of that kind that measured theirs."""
+    found = [(p, run) for p, run in predictions(runs) if p.predicted_floor_s is not None and run.floor_s is not None]
+    return [(p, run) for p, run in found if run.environment.gpu == machine.H100.name]
+
+
+def floor_errors(pairs: Iterable[Pair]) -> list[float]:
+    """How far predicted floors lie from measured ones, relative, without signs, largest first."""
+    return sorted((abs(p.predicted_floor_s / run.floor_s - 1) for p, run in pairs), reverse=True)
+
+
+def most_of_step(pairs: Iterable[Pair]) -> float:
+    """The largest part of a measured step that a predicted floor is."""
+    return max(p.predicted_floor_s / run.latency_s for p, run in pairs if run.latency_s is not None)
+
+
 def study_errors() -> tuple[list[float], list[float]]:
     """Errors, without their signs, of the study's predicted peaks: all, and those that no GPU had measured before."""
     first: dict[Any, str] = {}  # experiment -> when its peak was first measured

@@ -114,7 +114,7 @@ def test_every_flag_sets_its_field_and_no_other(cls, data):
         flag, value = f"--{data.draw(st.sampled_from(names))}", values[f.name]
         short = value is True and data.draw(st.booleans())
         words.append(flag if short else f"{flag}={int(value) if isinstance(value, bool) else value}")
-    preset = PRESETS[values.get("preset", "original")] if cls is OffloadConfig else {}
+    preset = cls.presets[values.get("preset", "original")]
     expected = complete(made(cls, preset | values | {"device": "cuda"}), values)
     try:
         techniques.check(expected)
