@@ -410,7 +410,8 @@ def dry_run_of(run: Record) -> RunConfig:
 
 
 def _gpu_word(run: Record) -> str:
-    return machine.GPUS[run.environment.gpu].word
+    """The word of the GPU whose rates predict a run: those of an H100 where nothing is known of its own."""
+    return machine.GPUS.get(run.environment.gpu, machine.H100).word
 
 
 def single_gpu_runs() -> list[Record]:

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "all_gpu_liger_kernel.py"
 HUGGING_FACE = kernels_only()  # the settings of a run with Hugging Face's own code
 ALL_KERNELS = kernels_only(*KERNEL_NAMES)
+# By so much differs what a process takes in host memory beside tensors (src/offload/host_memory.py).
+PROCESS_SPREAD = 2**29
 STRATEGIES = [HUGGING_FACE, *map(kernels_only, KERNEL_NAMES), ALL_KERNELS]
 
 

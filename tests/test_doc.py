@@ -21,7 +21,7 @@ from src.record import save
 from src.study import answers
 from src.study.answers import MANY_TOKENS, REPEATS
 from src.utils import GIB, UsageError
-from tests.helpers import assert_one_error_line
+from tests.helpers import PROCESS_SPREAD, assert_one_error_line
 from tests.made_up import ALL, NO_FLCE, NONE, failed, inferred, made_up, out_of_memory, predicted
 
 ORIGINAL = {"config": OffloadConfig, "gpu": H100.name, **PRESETS["original"]}
@@ -216,7 +216,7 @@ def test_estimate_of_host_memory_is_near_what_was_measured():
     assert len(told) > 30
     for run in told:
         estimate = host_bytes_needed(run.run, load_model_config(run.run))
-        assert estimate == pytest.approx(run.host_peak_bytes, rel=0.05), run.run_name
+        assert estimate == pytest.approx(run.host_peak_bytes, rel=0.05, abs=PROCESS_SPREAD), run.run_name
 
 
 def test_fast_preset_takes_no_more_memory_and_less_time_than_the_original():
@@ -238,8 +238,9 @@ def test_every_measured_run_has_its_prediction_which_is_no_run_of_a_study():
         assert prediction.mode == "predicted"
         if run.script == "deepspeed":
             continue
-        same = dataclasses.replace(answers.settings(run.run), gpu_memory_gib=prediction.run.gpu_memory_gib)
-        assert answers.settings(prediction.run) == same
+        own = {"gpu_memory_gib": prediction.run.gpu_memory_gib, "gpu_rates": prediction.run.gpu_rates}
+        assert answers.settings(prediction.run) == dataclasses.replace(answers.settings(run.run), **own)
+        assert prediction.run.gpu_rates == (None if "H100" in run.environment.gpu else "h200")
         assert prediction.mode == "predicted"
     assert answers.studies(prediction for prediction, _ in pairs) == {}
     with pytest.raises(UsageError, match=r"no prediction of bs7_\S+: python -m doc\.build --predictions"):

@@ -33,6 +33,8 @@ from src.record import Record
 from src.record.recorder import Recorder
 from src.utils import GIB, UsageError, aligned_table, format_bytes, print_rank0
 
+CLOSE = 0.7  # part of the memory that may be reserved, from which on a step more is simulated
+
 # What runs a configuration on a card, of which the allocator may reserve so many bytes.
 Simulate = Callable[[RunConfig, Gpu, int | None], FakeGpu]
 
@@ -181,6 +183,8 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
     if not experiment.steps_before:
         gpu.load_peak_bytes = runtime.peak_bytes()[0]
         experiment.step(no_mark)
+        if _is_close(gpu):
+            experiment.step(no_mark)
     runtime.release_cache()
     runtime.reset_peak()  # of the first step, or of the run before
     gpu.record_frames, first_event = record_frames, len(gpu.events)
@@ -198,7 +202,7 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
     gpu.begin_counting()
     phases = measure_phases(step, runtime, lambda: None)
     works = gpu.end_counting()
-    return Prediction(
+    prediction = Prediction(
         config=config,
         load_peak_bytes=gpu.load_peak_bytes,
         phases=phases,
@@ -215,6 +219,22 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
         first_event=first_event,
         refused=gpu.allocator.refused,
     )
+    return _after_another_step(prediction) if _is_close(gpu) else prediction
+
+
+def _after_another_step(prediction: Prediction) -> Prediction:
+    """The same, and whether the next step fits as well."""
+    gpu, events = prediction.gpu, len(prediction.gpu.events)
+    gpu.record_frames = False
+    prediction.experiment.step(no_mark)
+    del gpu.events[events:]
+    return dataclasses.replace(prediction, refused=gpu.allocator.refused)
+
+
+def _is_close(gpu: FakeGpu) -> bool:
+    """Whether memory is so scarce that a step may fit and the next one not, which finds it in other pieces."""
+    limit = gpu.allocator.limit_bytes
+    return limit is not None and gpu.allocator.peak_reserved_bytes > CLOSE * limit
 
 
 def _rates(config: RunConfig, card: Gpu) -> Rates | None:
