@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 import pickle
 
 import pytest
@@ -88,6 +89,13 @@ def test_run_that_ran_out_of_memory_does_in_the_prediction_at_the_same_request()
     assert 0 <= error.requested_bytes - facts["requested_bytes"] < 2 * MIB  # PyTorch tells the segment's size
     assert facts["allocated_bytes"] == pytest.approx(error.allocated_bytes, rel=0.001)
     assert facts["free_bytes"] == pytest.approx(error.free_bytes, rel=0.01)
+
+
+def test_run_whose_second_step_ran_out_of_memory_does_so_in_the_prediction():
+    rows = map(json.loads, (ROOT / "doc/data/advice/h200.jsonl").read_text().splitlines())
+    row = next(r for r in rows if r["status"] == "oom" and r["config"]["seq_length"] == 35840)
+    with pytest.raises(SimulatedOutOfMemory):
+        predict(RunConfig.from_dict(row["config"]), script.build_experiment, limit_bytes=row["limit_bytes"])
 
 
 @pytest.fixture(scope="module")
