@@ -17,7 +17,7 @@ from src.advise.ranking import ALIKE, advice, shipped_parities, why
 from src.advise.report import report, rows
 from src.advise.request import request
 from src.advise.search import Search, resident_bytes
-from src.advise.sizes import SizeSearch
+from src.advise.sizes import CLOSE, SizeSearch
 from src.cli import parsed
 from src.machine import GPUS, gpu_named
 from src.study import grids
@@ -100,12 +100,11 @@ def test_largest_batch_is_the_one_that_was_measured_but_for_the_memory_that_advi
     frontier = next(r.frontier for r in evidence.folder("h100_single_gpu").records if r.frontier and r.run.flce)
     found = answer("largest batch")
     same = next(o for o in found.ranked if o.choice.has(CHECKPOINTING) and not o.config.optimizer_in_backward)
-    assert 0.8 * frontier.measured <= same.config.batch_size <= frontier.measured
+    assert 0.75 * frontier.measured <= same.config.batch_size <= frontier.measured
     first = found.ranked[0]
     assert first.config.batch_size >= same.config.batch_size
-    bigger = dataclasses.replace(first.config, batch_size=first.config.batch_size + 2)  # the search ends that close
-    (after,) = kept(answer("largest batch").request)([(first.choice, bigger)])
-    assert not after.fits
+    bigger = dataclasses.replace(first.config, batch_size=int(first.config.batch_size * (1 + CLOSE)) + 1)
+    assert not outcome((first.choice, bigger), found.request.card, found.request.room_bytes).fits
 
 
 @pytest.mark.parametrize(("bytes_a_token", "reserved", "most"), [(5e4, 1.0, 6), (2e5, 1.0, 13), (2e5, 1.1, 17)])

@@ -18,8 +18,9 @@ from src.predict.frontier import GRANULARITY
 FAR = 64  # times the given size
 ROUNDS = 4  # of two sizes each, for the choice that reaches furthest
 FIRST_GUESSES = (0.95, 0.99)  # of what is expected; the others get the first of them alone
-CLOSE = 0.02  # of a size that fits: nothing is tried between it and one that does not
-LESS = 0.93  # of a size that did not fit
+CLOSE = 0.05  # of a size that fits: nothing is tried between it and one that does not
+BELOW = (0.88, 0.955)  # of a size that did not fit, although it was expected to
+LESS = 0.9  # of a size that did not fit
 
 
 class SizeSearch:
@@ -80,8 +81,8 @@ class SizeSearch:
         guesses = [share * expected for share in FIRST_GUESSES]
         if any(low < self._rounded(guess) < high for guess in guesses):
             return guesses
-        if low == 0:
-            return 0.8 * high, 0.9 * high
+        if high <= self._most and low < BELOW[0] * high:
+            return [share * high for share in BELOW]
         if high > self._most:
             return 1.05 * low, 1.1 * low
         return low + (high - low) / 3, high - (high - low) / 3

@@ -148,10 +148,12 @@ def predict(
     record_frames: bool = False,
     simulate: Simulate | None = None,
     strict: bool = True,
+    steps_more: bool = True,
 ) -> Prediction:
     """Simulate `config` on `card`, or what `simulate` makes of it; `limit_bytes` bounds what may be reserved.
 
-    `record_frames` keeps the Python stack of every request of the step, for a snapshot.
+    `record_frames` keeps the Python stack of every request of the step, for a snapshot. `steps_more` simulates more
+    steps where memory is scarce, to see whether these fit as well.
 
     Raises `SimulatedOutOfMemory` if the experiment does not fit into `limit_bytes`; if it is not `strict`, the
     prediction is of a larger card and has that error.
@@ -159,7 +161,7 @@ def predict(
     gpu = FakeGpu(card, limit_bytes) if simulate is None else simulate(config, card, limit_bytes)
     gpu.allocator.strict = strict
     with simulation(gpu, build) as predicted:
-        return predicted(config, record_frames)
+        return predicted(config, record_frames, steps_more)
 
 
 @contextlib.contextmanager
@@ -173,7 +175,9 @@ def simulation(gpu: FakeGpu, build: Build) -> Iterator[Callable[..., Prediction]
         yield functools.partial(_predicted, runtime, build)
 
 
-def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_frames: bool = False) -> Prediction:
+def _predicted(
+    runtime: FakeRuntime, build: Build, config: RunConfig, record_frames: bool = False, steps_more: bool = True
+) -> Prediction:
     gpu = runtime.gpu
     # The weights' values do not matter, so they are never loaded, and no network is used.
     config = dataclasses.replace(config, pretrained=False, dry_run=True)
@@ -183,7 +187,7 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
     if not experiment.steps_before:
         gpu.load_peak_bytes = runtime.peak_bytes()[0]
         experiment.step(no_mark)
-        if _is_close(gpu):
+        if steps_more and _is_close(gpu):
             experiment.step(no_mark)
     runtime.release_cache()
     runtime.reset_peak()  # of the first step, or of the run before
@@ -219,7 +223,7 @@ def _predicted(runtime: FakeRuntime, build: Build, config: RunConfig, record_fra
         first_event=first_event,
         refused=gpu.allocator.refused,
     )
-    return _after_another_step(prediction) if _is_close(gpu) else prediction
+    return _after_another_step(prediction) if steps_more and _is_close(gpu) else prediction
 
 
 def _after_another_step(prediction: Prediction) -> Prediction:
