@@ -6,8 +6,8 @@ A record that is missing is a `UsageError`: no document is made without what it 
 import dataclasses
 import functools
 import itertools
-import json
 import os
+import statistics
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,9 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "doc" / "data"
 SOURCE = ROOT / "doc" / "source"
 # The runs of which predictions are kept, and where these are.
-_H100_RUNS = ("h100_single_gpu", "h100_techniques", "h100_peers", "h100_people")
-_H200_RUNS = ("h200_single_gpu", "h200_peers", "h200_people")
-PREDICTED_RUNS = (*_H100_RUNS, *_H200_RUNS)
+PREDICTED_RUNS = ("h100_single_gpu", "h100_techniques", "h100_peers", "h100_people")
+PREDICTED_RUNS += ("h200_single_gpu", "h200_peers", "h200_people")
 # A GPU's word -> the runs to which its rates were fitted, see src/study/fit_rates.py.
 FITTED_RUNS = {"h100": ("h100_single_gpu", "h100_techniques"), "h200": ("h200_single_gpu", "h200_peers")}
 PREDICTIONS = {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
@@ -402,7 +401,7 @@ def dry_run_of(run: Record) -> RunConfig:
         config = dataclasses.replace(config, **usual, memory_limit_gib=limit)
     place = DATA.relative_to(ROOT) / PREDICTIONS[run.script]
     config = dataclasses.replace(config, dry_run=True, result_dir=str(place), snapshot_dir="", log_dir="")
-    if run.script == "all_gpu" and _gpu_word(run) != machine.H100.word:
+    if run.script == "all_gpu" and _gpu_word(run) != H100.word:
         config = dataclasses.replace(config, gpu_rates=_gpu_word(run))
     if run.status == "ok" or run.environment.gpu_memory_bytes is None:
         return config
@@ -411,7 +410,7 @@ def dry_run_of(run: Record) -> RunConfig:
 
 def _gpu_word(run: Record) -> str:
     """The word of the GPU whose rates predict a run: those of an H100 where nothing is known of its own."""
-    return machine.GPUS.get(run.environment.gpu, machine.H100).word
+    return machine.GPUS.get(run.environment.gpu, H100).word
 
 
 def single_gpu_runs() -> list[Record]:
@@ -455,6 +454,11 @@ def predictions(runs: Iterable[Record]) -> list[Pair]:
     return pairs
 
 
+def prediction(run: Record) -> Record:
+    """Of one run."""
+    return predictions([run])[0][0]
+
+
 def made_after(runs: Iterable[Record]) -> bool:
     """Whether each prediction is younger than the measurement that it is of."""
     return all(prediction.environment.date > run.environment.date for prediction, run in predictions(runs))
@@ -470,14 +474,14 @@ def timed() -> dict[str, list[Compared]]:
     return groups
 
 
-def rows(name: str) -> list[dict[str, Any]]:
-    """What doc/data/`name` holds, a JSON object a line."""
-    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
-
-
 def off(rows: Iterable[Mapping[str, Any]], guess: str, measured: str) -> list[float]:
     """Errors of rows' predictions, relative, without signs, largest first."""
     return sorted((abs(row[guess] / row[measured] - 1) for row in rows), reverse=True)
+
+
+def too_short(rows: Iterable[Mapping[str, Any]]) -> float:
+    """The part of the rows of advice that took longer than was predicted."""
+    return statistics.mean(row["measured_s"] > row["predicted_s"] for row in rows)
 
 
 def many_tokens(rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -512,25 +516,24 @@ def host_error(prediction: Record, run: Record) -> float | None:
 
 
 def errors(runs: Iterable[Record], of: Callable[..., float | None] = error) -> list[float]:
-    """The predictions' errors, or those of the host, without their signs, largest first."""
+    """The predictions' errors, or what else `of` says of each and its run, without signs, largest first."""
     found = [of(*pair) for pair in predictions(runs) if pair[1].status == "ok"]
     return sorted((abs(off) for off in found if off is not None), reverse=True)
 
 
-def floors(runs: Iterable[Record]) -> list[Pair]:
-    """Predictions that state a floor, and the runs on a GPU of that kind that measured theirs."""
-    found = [(p, run) for p, run in predictions(runs) if p.predicted_floor_s is not None and run.floor_s is not None]
-    return [(p, run) for p, run in found if run.environment.gpu == machine.H100.name]
+def _has_floor(prediction: Record, run: Record) -> bool:
+    """Whether both state a floor, of machines of the same kind: that of an H100 is predicted."""
+    return None not in (prediction.predicted_floor_s, run.floor_s) and run.environment.gpu == H100.name
 
 
-def floor_errors(pairs: Iterable[Pair]) -> list[float]:
-    """How far predicted floors lie from measured ones, relative, without signs, largest first."""
-    return sorted((abs(p.predicted_floor_s / run.floor_s - 1) for p, run in pairs), reverse=True)
+def floor_error(prediction: Record, run: Record) -> float | None:
+    """Of a predicted floor, relative; None where there is none to compare with."""
+    return prediction.predicted_floor_s / run.floor_s - 1 if _has_floor(prediction, run) else None
 
 
-def most_of_step(pairs: Iterable[Pair]) -> float:
-    """The largest part of a measured step that a predicted floor is."""
-    return max(p.predicted_floor_s / run.latency_s for p, run in pairs if run.latency_s is not None)
+def floor_of_step(prediction: Record, run: Record) -> float | None:
+    """The part of the measured step that a predicted floor is, None likewise."""
+    return prediction.predicted_floor_s / run.latency_s if _has_floor(prediction, run) else None
 
 
 def study_errors() -> tuple[list[float], list[float]]:

@@ -160,8 +160,8 @@ def headline() -> str:
     for words, point in evidence.headline()[1].items():
         ends = sorted({point.speeds[0], point.speeds[-1]})
         speeds = f"{' to '.join(f'{rate:,.0f}' for rate in ends)} ({len(point.speeds)})"
-        ratio = 1.0 if point.record.parity is None else point.record.parity.ratio
-        rows.append([words, f"{point.gib:.2f}", speeds, f"{ratio:.2f}"])
+        ratio = "not measured" if point.record.parity is None else f"{point.record.parity.ratio:.2f}"
+        rows.append([words, f"{point.gib:.2f}", speeds, ratio])
     header = ["turned on", "peak GiB", "tokens/s, slowest to fastest (runs)", "gradient error / Hugging Face's"]
     return markdown_table(header, rows)
 

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 
 from src.advise import lines, visit
 from src.advise.chart import chart
-from src.advise.ranking import Advice, shipped_parities, why
-from src.advise.report import HEADER, binding, bindings, head, rows
+from src.advise.ranking import Advice, shipped_parities
+from src.advise.report import HEADER, binding, bindings, head, room, rows, verdict
 from src.advise.request import GOALS
 from src.advise.visit import Chosen, Refused
 from src.architecture import LARGEST_FILE_BYTES
@@ -25,7 +25,6 @@ from src.config import DTYPES
 from src.explain import plot
 from src.families import SHAPES
 from src.machine import GPUS
-from src.utils import GIB
 
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}  # read as Gradio is imported
 
@@ -174,9 +173,9 @@ def answered(
 
 
 def _fits(chosen: Chosen) -> str:
-    outcome, limit = chosen.outcome, chosen.request.limit_bytes
+    outcome = chosen.outcome
     word = "Yes" if outcome.fits else "No"
-    return f"{word}: {outcome.choice.name}, of {limit / GIB:.1f} GiB for PyTorch. Binding: {binding(outcome)}."
+    return f"{word}: {outcome.choice.name}, of {room(chosen.request)}. Binding: {binding(outcome)}."
 
 
 def _peak(chosen: Chosen) -> Figure:
@@ -185,15 +184,10 @@ def _peak(chosen: Chosen) -> Figure:
 
 def _with_advice(shown: Shown, advice: Advice) -> Shown:
     known = shipped_parities()
-    told = f"{head(advice.request)}\n{bindings(advice)}"
+    told = "\n".join([head(advice.request), bindings(advice), *verdict(advice)])
     if not advice.ranked:
-        least = advice.least
-        told += f"\nNothing fits: {least.choice.name} takes least, {least.peak_bytes / GIB:.2f} GiB."
         return shown._replace(status="Done: nothing fits.", advice=told)
     first = advice.ranked[0]
-    told += f"\n{why(advice)}"
-    if first.choice.training:
-        told += f"\nIt trains otherwise than asked: {first.choice.training}."
     return shown._replace(
         status="Done.",
         advice=told,

@@ -18,14 +18,25 @@ def report(advice: Advice, known: Known) -> str:
     """The whole answer."""
     parts = [head(advice.request), *filter(None, [bindings(advice)])]
     if not advice.ranked:
-        least = advice.least
-        return "\n\n".join([*parts, f"Nothing fits: {least.choice.name} takes least, {_gib(least)} GiB (predicted)."])
+        return "\n\n".join([*parts, *verdict(advice)])
     first = advice.ranked[0]
-    parts += [aligned_table(rows(advice, known), "llrrrrlrl"), why(advice)]
-    if first.choice.training:
-        parts.append(f"It trains otherwise than asked: {first.choice.training}.")
+    parts += [aligned_table(rows(advice, known), "llrrrrlrl"), *verdict(advice)]
     parts += [f"Here:\n\n{lines.command(first.config)}", f"In your program:\n\n{lines.python(first.config)}"]
     return "\n\n".join([*parts, f"Not predicted, so not ranked: {UNPREDICTED}."])
+
+
+def verdict(advice: Advice) -> list[str]:
+    """Why the first choice is first, and what it changes beside memory and time; or that nothing fits. Paragraphs."""
+    if not advice.ranked:
+        least = advice.least
+        return [f"Nothing fits: {least.choice.name} takes least, {_gib(least)} GiB (predicted)."]
+    training = advice.ranked[0].choice.training
+    return [why(advice), *([f"It trains otherwise than asked: {training}."] if training else [])]
+
+
+def room(request: Request) -> str:
+    """The memory that there is, and what of it is left free."""
+    return f"{request.limit_bytes / GIB:.1f} GiB for PyTorch, of which {LEFT_FREE:.0%} are left free"
 
 
 def head(request: Request) -> str:
@@ -36,8 +47,7 @@ def head(request: Request) -> str:
     source = _RATES_UNKNOWN if rates is None else f"times by rates: {rates.source}"
     return (
         f"{model}, {base.batch_size} x {base.seq_length:,} tokens, {base.dtype}, on an {card.name} with "
-        f"{request.limit_bytes / GIB:.1f} GiB for PyTorch, of which {LEFT_FREE:.0%} are left free. "
-        f"Wanted: {GOALS[request.goal]}.\n"
+        f"{room(request)}. Wanted: {GOALS[request.goal]}.\n"
         f"All figures are predicted ({source})."
     )
 

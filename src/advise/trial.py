@@ -114,7 +114,7 @@ def _save(rows: list[Row], file: Path) -> None:
     write_atomically(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def load_rows(file: Path) -> list[Row]:
+def _load(file: Path) -> list[Row]:
     """The rows of a table. Raises `UsageError` if it is none."""
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -136,7 +136,7 @@ def _run() -> int:
             rows += advised(situation, arguments.gpu, lambda line: print(line, file=sys.stderr, flush=True))
             _save(rows, arguments.file)
     else:
-        rows = load_rows(arguments.file)
+        rows = _load(arguments.file)
         check_gpu("--advise needs none")
         from src.advise.measured import run_here
 
