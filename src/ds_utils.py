@@ -119,6 +119,8 @@ def init_distributed(device: str) -> torch.device:
         if processes > gpus:
             raise UsageError(f"{processes} processes on this machine, but {gpus} GPUs: take NUM_GPUS={gpus}")
         torch.cuda.set_device(local_rank)
+        # After a collective has timed out, PyTorch would wait a minute for traces that nobody asked for.
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     join.meet()
     # DeepSpeed's own collectives for CPUs leave 66 MiB a rank in /dev/shm for good.
     backend = importlib.import_module("deepspeed.comm.torch")

@@ -18,8 +18,10 @@ _EAGER_STEPS = 2  # the optimizer makes its state in the first, libraries their 
 class GraphedStep:
     """`step`, captured in its third call and replayed from then on.
 
-    A step whose phases are marked runs kernel by kernel: nothing can be seen inside a graph. `on_capture` is told the
-    peak of the captured step, in bytes: replays use that memory again, and ask the allocator for none of it.
+    A step whose phases are marked runs kernel by kernel: nothing can be seen inside a graph. The graph is let go first,
+    and captured again if it is wanted again: it holds all memory of a step, beside which another may have no room.
+    `on_capture` is told the peak of the captured step, in bytes: replays use that memory again, and ask the allocator
+    for none of it. It is told 0 when the graph is let go.
     """
 
     def __init__(self, step: Step, on_capture: Callable[[int], None]) -> None:
@@ -32,6 +34,7 @@ class GraphedStep:
     def __call__(self, mark: Mark = no_mark) -> torch.Tensor:
         if mark is not no_mark or self._eager_steps < _EAGER_STEPS:
             self._eager_steps += 1
+            self._let_go()
             return self._run(mark)
         if self._graph is None:
             self._capture()
@@ -44,6 +47,14 @@ class GraphedStep:
             loss = self._step(mark)
         torch.cuda.current_stream().wait_stream(self._stream)
         return loss
+
+    def _let_go(self) -> None:
+        if self._graph is None:
+            return
+        torch.cuda.synchronize()
+        self._graph = self._loss = None
+        torch.cuda.empty_cache()  # the graph's memory is its own until it is returned to the driver
+        self._on_capture(0)
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()

@@ -30,16 +30,19 @@ class Sizes:
     """What is measured, and how long."""
 
     products: tuple[tuple[int, int, int], ...]  # M, N, K
-    attention: tuple[int, int, int, int]  # sequences, heads, tokens, width of a head
+    attention: tuple[tuple[int, int, int, int], ...]  # sequences, heads, tokens, width of a head
     copied_bytes: int
-    seconds: float  # for each of about 15 measurements
+    seconds: float  # for each of about 20 measurements
 
 
-# Products as in models of 1 to 8 billion weights, at 8,192 tokens a step.
+# As in models of 1 to 8 billion weights: products at 8,192 tokens a step, attention at sequences of several lengths.
 USUAL = Sizes(
-    ((8192, 2048, 8192), (8192, 8192, 2048), (8192, 4096, 4096), (4096, 14336, 4096)), (8, 32, 2048, 64), 2**30, 1.0
+    products=((8192, 2048, 8192), (8192, 8192, 2048), (8192, 4096, 4096), (4096, 14336, 4096)),
+    attention=((16, 32, 1024, 64), (4, 32, 4096, 64), (4, 32, 2048, 128), (1, 32, 16384, 64)),
+    copied_bytes=2**30,
+    seconds=1.0,
 )
-TINY = Sizes(((32, 16, 64), (16, 64, 32)), (1, 2, 16, 8), 2**16, 0.01)
+TINY = Sizes(products=((32, 16, 64), (16, 64, 32)), attention=((1, 2, 16, 8),), copied_bytes=2**16, seconds=0.01)
 
 
 def _synchronize(device: str) -> None:
@@ -81,24 +84,33 @@ def product_flops(dtype_name: str, sizes: Sizes, device: str) -> float:
 
 
 def attention_flops(sizes: Sizes, device: str) -> tuple[float, float]:
-    """FLOP/s of causal attention in bf16, forwards and backwards; the mask halves the FLOP."""
+    """FLOP/s of causal attention in bf16, forwards and backwards: those of all sizes over the time of all.
+
+    The mask halves the FLOP.
+    """
+    flops = forward_s = backward_s = 0.0
+    for shape in sizes.attention:
+        batch, heads, tokens, width = shape
+        flops += 2 * batch * heads * tokens * tokens * width / 2  # of one product; two forwards, five backwards
+        seconds = _attention_seconds(shape, device, sizes.seconds)
+        forward_s, backward_s = forward_s + seconds[0], backward_s + seconds[1]
+    return 2 * flops / forward_s, 5 * flops / backward_s
+
+
+def _attention_seconds(shape: tuple[int, int, int, int], device: str, about_s: float) -> tuple[float, float]:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    batch, heads, tokens, width = shape = sizes.attention
     tensors = [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
 
     def forward() -> torch.Tensor:
         return scaled_dot_product_attention(*tensors, is_causal=True)
 
-    product = 2 * batch * heads * tokens * tokens * width / 2
     output = forward()
     gradient = torch.randn_like(output)
-    forward_s = seconds_of(forward, device, sizes.seconds)
-    backward_s = seconds_of(
-        lambda: torch.autograd.grad(output, tensors, gradient, retain_graph=True), device, sizes.seconds
+    return seconds_of(forward, device, about_s), seconds_of(
+        lambda: torch.autograd.grad(output, tensors, gradient, retain_graph=True), device, about_s
     )
-    return 2 * product / forward_s, 5 * product / backward_s
 
 
 def memory_bytes(sizes: Sizes, device: str) -> float:
