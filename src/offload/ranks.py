@@ -1,5 +1,6 @@
 """One of several processes of a job: which one it is, and who of them speaks. Needs no torch."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -69,7 +70,8 @@ def give_way(waited: object = None) -> None:
     here = job.current()
     if here is not None and waited is not None:
         here.note(f"rank{rank()}.waited", str(waited))
-    time.sleep(_GRACE_S)
+    with contextlib.suppress(KeyboardInterrupt):  # the supervisor has told, and interrupts who waits
+        time.sleep(_GRACE_S)
 
 
 def tell(message: object) -> None:
