@@ -32,7 +32,7 @@ def command_line(
     it chooses while it is imported, so call this before anything imports it.
     """
     if words is None:
-        program.begin()
+        program.begin(ranks.tell)  # one line for the whole job
     try:
         return parsed(description, defaults, cpu_defaults, words)
     except UsageError as error:

@@ -17,25 +17,31 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help says more)")
 
 
-def begin() -> None:
-    """To be called first: while libraries are imported, Ctrl-C ends the program with one line.
+class _Interrupted:
+    """Ends the program at once: an exception would end in some library's hands."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def __call__(self, *_signal: object) -> NoReturn:
+        self._tell("interrupted")
+        os._exit(ExitStatus.INTERRUPTED)
+
+
+def begin(tell: Callable[[str], None] = error_line) -> None:
+    """To be called first: while libraries are imported, Ctrl-C ends the program with one line, by `tell`.
 
     A locale's alphabet may lack characters of ours or of a folder's name: they are printed as escapes.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as it is under nohup
-        signal.signal(signal.SIGINT, _interrupted)
-
-
-def _interrupted(*_signal: object) -> NoReturn:
-    error_line("interrupted")
-    os._exit(ExitStatus.INTERRUPTED)  # an exception would end in some library's hands
+        signal.signal(signal.SIGINT, _Interrupted(tell))
 
 
 def guarded(main: Callable[[], int], interrupted: str = "interrupted") -> int:
     """The exit status of `main`, and of writing what it has printed."""
-    if signal.getsignal(signal.SIGINT) is _interrupted:
+    if isinstance(signal.getsignal(signal.SIGINT), _Interrupted):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
