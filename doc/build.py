@@ -56,6 +56,7 @@ TEXTS = [
     "predicted_time",
     "advice",
     "offload",
+    "long",
     "scaling",
     "peak",
     "parity",

@@ -39,12 +39,15 @@ DATA = ROOT / "doc" / "data"
 SOURCE = ROOT / "doc" / "source"
 # The runs of which predictions are kept, and where these are.
 PREDICTED_RUNS = ("h100_single_gpu", "h100_techniques", "h100_peers", "h100_people")
-PREDICTED_RUNS += ("h200_single_gpu", "h200_peers", "h200_people")
+PREDICTED_RUNS += ("h200_single_gpu", "h200_peers", "h200_people", "h200_long", "h200_graphs")
 # A GPU's word -> the runs to which its rates were fitted, see src/study/fit_rates.py.
 FITTED_RUNS = {"h100": ("h100_single_gpu", "h100_techniques"), "h200": ("h200_single_gpu", "h200_peers")}
 PREDICTIONS = {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
 
 BATCHES = (1, 4, 8, 16, 32)  # of the runs that had a machine for themselves
+# The settings of long sequences, by their names: Hugging Face's code, the kernels, and all that `LONGEST` turns on.
+LONGEST = "preset longest"
+LONG = (TITLES["none"], TITLES["all"], LONGEST)
 OFFLOADED = (("none", 4), ("all", 4), ("none", 32), ("all", 32), ("all", 96))  # kernels and batch
 
 Pair = tuple[Record, Record]
@@ -233,6 +236,78 @@ def offloaded(preset: str, **settings: Any) -> list[Record]:
     runs = [r for r in listed(DATA, "deepspeed") if r.status == "ok" and answers.gpu_name(r) == "H100"]
     runs = [r for r in runs if r.run.preset == preset and r.processes == 1 and not r.run.unusual("preset", *sizes)]
     return [r for r in runs if all(getattr(r.run, name) == value for name, value in settings.items())]
+
+
+def apart_in_training(a: Record, b: Record) -> float:
+    """The largest difference of two runs' losses, step by step, and gradient norms, relative to the first's."""
+    figures = zip([*a.losses, a.grad_norm], [*b.losses, b.grad_norm], strict=True)
+    return max(abs(other / own - 1) for own, other in figures)
+
+
+def long_setting(record: Record) -> str:
+    """What a run of a long sequence has turned on: one of `LONG`, or the name of other kernels."""
+    return LONGEST if record.run.preset == "longest" else record.run.title
+
+
+def long_runs() -> list[Record]:
+    """The measured runs of long sequences, the study's model first, from the shortest on."""
+    runs = predictable(listed(DATA / "h200_long", "all_gpu"))
+
+    def order(run: Record) -> tuple:
+        config, setting = run.run, long_setting(run)
+        place = LONG.index(setting) if setting in LONG else len(LONG)
+        return config.model_name != RunConfig.model_name, config.model_name, config.seq_length, place, run.run_name
+
+    return sorted(runs, key=order)
+
+
+def long_ladder() -> dict[str, tuple[Record, Record | None]]:
+    """Setting -> the longest sequence that the study's model was trained on, and the next that it had no room for."""
+    ladder = {}
+    for setting in LONG:
+        own = [r for r in long_runs() if r.run.model_name == RunConfig.model_name and long_setting(r) == setting]
+        if fitting := [r for r in own if r.status == "ok"]:
+            beyond = [r for r in own if r.status == "oom" and r.run.seq_length > fitting[-1].run.seq_length]
+            ladder[setting] = fitting[-1], next(iter(beyond), None)
+    return ladder
+
+
+@functools.cache
+def long_predicted() -> dict[tuple[str, int], Record]:
+    """Setting and tokens -> the prediction that the picture shows; its peak is there also if no card could hold it."""
+    return {(long_setting(r), r.run.seq_length): r for r in folder("predicted_long").records}
+
+
+@functools.cache
+def long_largest() -> dict[tuple[str, int], Record]:
+    """Setting and layers whose attention is kept -> the longest sequence predicted to fit an 80 GB card."""
+    records = folder("predicted_long/largest").records
+    own = [r for r in records if r.run.model_name == RunConfig.model_name]
+    return {(long_setting(r), r.run.attention_kept): r for r in own}
+
+
+def long_changes(run: Record) -> list[str]:
+    """What a predicted run of `LONGEST` changes of it."""
+    return run.run.unusual("batch_size", "seq_length", "rope_scaling", "dry_run", "gpu_memory_gib", "preset")
+
+
+def long_without(*parts: str) -> list[Record]:
+    """The predictions at the most tokens in which these settings of `LONGEST` are changed first; "" is the whole."""
+    own = {long_changes(r)[0].split()[0]: r for r in folder("predicted_long/without").records}
+    own[""] = long_predicted()[LONGEST, max(r.run.seq_length for r in own.values())]
+    return [own[part] for part in parts]
+
+
+def long_foretold() -> list[float]:
+    """Errors, without signs, largest first, of those predictions that were made before their run was measured.
+
+    They are of steps after the first, so those runs are left out that have no other.
+    """
+    runs = [r for r in long_runs() if r.status == "ok" and r.run.warmup]
+    pairs = [(long_predicted().get((long_setting(r), r.run.seq_length)), r) for r in runs]
+    own = [(p, r) for p, r in pairs if p is not None and p.run.model_name == r.run.model_name]
+    own = [(p, r) for p, r in own if p.run.mlp_tile_tokens == r.run.mlp_tile_tokens]
+    return sorted((abs(error(p, r)) for p, r in own if p.environment.date < r.environment.date), reverse=True)
 
 
 def newest() -> str:
@@ -465,13 +540,20 @@ def made_after(runs: Iterable[Record]) -> bool:
 
 
 def timed() -> dict[str, list[Compared]]:
-    """The runs whose time is predicted, GPU by GPU: those that its rates were fitted to, those held out, later ones."""
-    own = {name: predictions(predictable(listed(DATA / name, "all_gpu"))) for name in PREDICTED_RUNS}
+    """The runs whose time is predicted, GPU by GPU: those that its rates were fitted to, those held out, later ones.
+
+    Without those of fewer steps than the contract asks for, see CONTRIBUTING.md: their times say less.
+    """
+    own = {name: predictions(filter(_is_timed, predictable(listed(DATA / name, "all_gpu")))) for name in PREDICTED_RUNS}
     groups = {}
     for gpu, fitted in FITTED_RUNS.items():
         found = [c for name, pairs in own.items() for c in fit_rates.compared(pairs, name) if _gpu_word(c.run) == gpu]
         groups |= {f"{gpu.upper()}, {name}": runs for name, runs in fit_rates.by_fit(found, fitted).items() if runs}
     return groups
+
+
+def _is_timed(run: Record) -> bool:
+    return run.run.warmup >= 2 and run.run.iterations >= 5
 
 
 def off(rows: Iterable[Mapping[str, Any]], guess: str, measured: str) -> list[float]:
@@ -511,8 +593,15 @@ def error(prediction: Record, run: Record) -> float:
 
 
 def host_error(prediction: Record, run: Record) -> float | None:
-    """Of a predicted peak of host memory, relative; None if it was not measured."""
-    return None if run.host_peak_bytes is None else prediction.predicted_host_bytes / run.host_peak_bytes - 1
+    """Of a predicted peak of host memory, relative; None if it was not measured, or nothing is kept there."""
+    sizes = prediction.predicted_host_bytes, run.host_peak_bytes
+    return None if None in sizes else sizes[0] / sizes[1] - 1
+
+
+def time_error(prediction: Record, run: Record) -> float | None:
+    """Of a predicted time of a step, relative; None if there is none."""
+    times = prediction.predicted_latency_s, run.latency_s
+    return None if None in times else times[0] / times[1] - 1
 
 
 def errors(runs: Iterable[Record], of: Callable[..., float | None] = error) -> list[float]:

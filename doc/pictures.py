@@ -17,8 +17,10 @@ from doc import evidence, studies, tables
 from doc.evidence import BATCHES, MODELS, Folder
 from doc.studies import ALL, NO_FLCE, NONE
 from src.check import curves
+from src.config import RunConfig
 from src.explain.categories import COLOURS, words
 from src.explain.plot import figure
+from src.machine import H100
 from src.study import answers, figures
 from src.study.bars import STYLES, peak_gib, step_ms
 from src.study.pareto_figure import pareto
@@ -26,7 +28,7 @@ from src.techniques import TITLES
 from src.utils import GIB, MIB
 
 MODEL = MODELS[0]
-DARK, PLAIN, ORANGE = "#1f3a5f", "#d9d9d9", "#e08e2b"
+DARK, BLUE, PLAIN, ORANGE = "#1f3a5f", "#7a9cc6", "#d9d9d9", "#e08e2b"
 WIDTH, SMALL = 6.5, 8  # inches of the report's text, and points of the smallest letters
 CHARACTERS = 100  # of a line so wide
 MOST_TOKENS = 32 * 1024  # of the picture of peaks against tokens
@@ -57,6 +59,7 @@ def _own_figures() -> Iterator[tuple[str, Figure]]:
     h100 = evidence.folder("h100_single_gpu")
     yield "first_page.png", first_page()
     yield "tokens.png", tokens()
+    yield "long.png", long()
     yield "memory_by_batch.png", memory_by_batch(h100)
     yield "fusion.png", diagram("fusion")
     yield "chunks.png", diagram("chunks")
@@ -198,6 +201,38 @@ def tokens() -> Figure:
     panels[0].set_ylim(bottom=0)
     handles, names = panels[0].get_legend_handles_labels()
     drawing.legend(handles, names, loc="outside lower center", ncols=3)
+    return drawing
+
+
+def long() -> Figure:
+    """Peaks against the tokens of one sequence, predicted and measured, and the memory of two cards."""
+    drawing, axes = _figure(WIDTH, 3.6)
+    predicted, runs = evidence.long_predicted(), evidence.long_runs()
+    sizes = sorted({tokens for _, tokens in predicted})
+    colours = dict(zip(evidence.LONG, (DARK, BLUE, ORANGE)))
+    for setting, marker in zip(evidence.LONG, "oD^"):
+        colour = colours[setting]
+        own = [(tokens, predicted[setting, tokens].peak_memory_bytes / GIB) for tokens in sizes]
+        hollow = {"color": colour, "markerfacecolor": "white", "markersize": 6, "linewidth": 1}
+        axes.plot(*zip(*own), marker=marker, label=f"{setting}, predicted", zorder=2, **hollow)
+        measured = [r for r in runs if evidence.long_setting(r) == setting and r.run.model_name == RunConfig.model_name]
+        fitting = [(r.run.seq_length, r.peak_memory_bytes / GIB) for r in measured if r.status == "ok"]
+        looks = {"color": colour, "markeredgecolor": "black", "markersize": 7, "linestyle": ""}
+        axes.plot(*(zip(*fitting) if fitting else ([], [])), marker=marker, label="measured", zorder=3, **looks)
+        full = [r.run.seq_length for r in measured if r.status == "oom"]
+        label = "measured: no room" if full else None
+        axes.plot(full, [H100.memory_bytes / GIB] * len(full), "X", label=label, zorder=3, **looks)
+    for words_of, room in (("24 GB", 24 * GIB), ("80 GB", H100.memory_bytes)):
+        height = (room - H100.context_bytes) / GIB  # what CUDA leaves
+        axes.axhline(height, color="grey", linestyle=":", linewidth=1)
+        axes.annotate(f"a card of {words_of}", (sizes[0], height), (0, 3), textcoords="offset points")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{tokens:,}" for tokens in sizes])
+    axes.set(xlim=(0.75 * sizes[0], 1.5 * sizes[-1]), ylim=(0, 100), xlabel="tokens of the one sequence of a step")
+    gpu = answers.gpu_name(runs[0])
+    axes.set_title(f"{MODEL.short_name}, bf16, AdamW, gradient checkpointing; measured on an {gpu}")
+    _plain(axes, "GiB allocated at the peak")
+    drawing.legend(loc="outside lower center", ncols=3)
     return drawing
 
 
@@ -372,7 +407,7 @@ def kernels_alone(folder: Folder) -> Figure:
     """Peak and time of a step with each kernel alone, and together."""
     runs = evidence.alone(folder)
     names = ["none", "RoPE", "SwiGLU", "RMSNorm", "FLCE", "all but FLCE", "all"]
-    colours = [DARK, *["#7a9cc6"] * 4, *(STYLES[title]["color"] for title in (NO_FLCE, ALL))]
+    colours = [DARK, *[BLUE] * 4, *(STYLES[title]["color"] for title in (NO_FLCE, ALL))]
     drawing, (left, right) = _figure(WIDTH, 2.9, 2)
     for axes, value, form, label, title in (
         (left, peak_gib, "{:.1f}", "GiB", "peak allocated memory"),

@@ -18,7 +18,7 @@ from src.study.answers import MANY_TOKENS, absence
 from src.study.fit_rates import Compared
 from src.study.pareto import Choices
 from src.study.tables import settings_table
-from src.techniques import TECHNIQUES, TITLES
+from src.techniques import KERNEL_NAMES, TECHNIQUES, TITLES
 from src.utils import GIB, MIB, markdown_table
 
 CELL = ["kernels", "model", "settings", "checkpointing", "batch x seq", "GPU"]
@@ -219,15 +219,57 @@ def advised(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown_table(header, shown)
 
 
+def _host(prediction: Record, run: Record) -> list[str]:
+    """Measured and predicted peak of host memory, and the error; empty where there is none."""
+    sizes, off = (run.host_peak_bytes, prediction.predicted_host_bytes), evidence.host_error(prediction, run)
+    return [*(f"{count / GIB:,.2f}" if count else "" for count in sizes), "" if off is None else f"{off:+.1%}"]
+
+
+HOST = tuple(f"host {name}" for name in PEAKS)
+
+
 def predicted_offload(pairs: Sequence[Pair]) -> str:
     """The same of offloaded runs, and of the host, whose error is missing where it was not measured."""
     rows = []
     for prediction, run in pairs:
-        sizes = run.host_peak_bytes, prediction.predicted_host_bytes
-        off = evidence.host_error(prediction, run)
-        host = [*(f"{count / GIB:,.2f}" if count else "" for count in sizes), "" if off is None else f"{off:+.1%}"]
-        rows.append([*_cell(run), run.run.preset, str(run.processes), *_peaks(prediction, run), *host])
-    return markdown_table([*CELL, "preset", "GPUs", *PEAKS, *(f"host {name}" for name in PEAKS)], rows)
+        told = [*_cell(run), run.run.preset, str(run.processes)]
+        rows.append([*told, *_peaks(prediction, run), *_host(prediction, run)])
+    return markdown_table([*CELL, "preset", "GPUs", *PEAKS, *HOST], rows)
+
+
+def long(pairs: Sequence[Pair]) -> str:
+    """Runs of long sequences: memory of GPU and host, predicted and measured, and what a step took."""
+    said = ("model_name", "batch_size", "seq_length", "memory_limit_gib", "host_memory_gib", "iterations", "warmup")
+    rows = []
+    for prediction, run in pairs:
+        settings = run.run.unusual(*said, "preset", *KERNEL_NAMES)
+        told = [answers.short_model(run.run).removesuffix("-Instruct"), f"{run.run.seq_length:,}"]
+        told.append(", ".join([evidence.long_setting(run), *settings]))
+        steps = f"{len(run.step_seconds)} after {run.run.warmup}" if run.step_seconds else ""
+        times = [figure(run, "latency_s", 1, "{:,.2f}"), speed(run), steps] if run.status == "ok" else [""] * 3
+        rows.append([*told, *_peaks(prediction, run), *_host(prediction, run), *times])
+    header = ["model", "tokens", "turned on", *PEAKS, *HOST, "s a step", "tokens/s", "timed steps, after warm-up"]
+    return markdown_table(header, rows)
+
+
+def long_without(found: Sequence[Record]) -> str:
+    """Predicted: what `LONGEST` needs whole, and with a part of it changed."""
+    rows = []
+    for run in found:
+        sizes = [f"{count / GIB:,.2f}" if count else "" for count in (run.peak_memory_bytes, run.predicted_host_bytes)]
+        changed = ", ".join(evidence.long_changes(run)) or "nothing"
+        rows.append([changed, *sizes, f"{run.predicted_latency_s:,.0f}"])
+    return markdown_table(["changed", "peak GiB", "host GiB", "s a step"], rows)
+
+
+def attention_alone(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Forward and backward pass of one layer's attention, by the library that was asked for."""
+    rows = []
+    for own in sorted(lines, key=lambda own: own["tokens"]):
+        library = own["asked"].removeprefix("SDPBackend.").removesuffix("_ATTENTION")
+        sizes = [f"{own[name] / GIB:,.3f}" for name in ("backward_workspace", "model_cudnn_workspace")]
+        rows.append([f"{own['tokens']:,}", library, f"{own['forward_s']:,.3f}", f"{own['backward_s']:,.3f}", *sizes])
+    return markdown_table(["tokens", "library", "forward s", "backward s", "workspace GiB", "estimated GiB"], rows)
 
 
 def offload(runs: Sequence[Record]) -> str:

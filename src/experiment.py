@@ -53,7 +53,6 @@ class Experiment:
     scaler: torch.amp.GradScaler
     step: Step
     steps_before = 0  # optimizer steps that the weights had had when this run began
-    snapshot_context = "all"  # the allocator's events whose stacks a memory snapshot keeps
 
     def resident(self) -> dict[str, list[torch.Tensor]]:
         """What stays on the GPU between steps, by what it is for."""

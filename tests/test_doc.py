@@ -12,6 +12,7 @@ import torch
 
 from doc import build, evidence, studies, tables
 from doc.evidence import DATA, ROOT, Folder, Shape
+from src.config import PRESETS as RUN_PRESETS
 from src.config import RunConfig
 from src.machine import H100
 from src.model_utils import load_model_config
@@ -127,6 +128,20 @@ def test_figures_of_the_readmes_first_page_are_in_the_report():
     assert figures <= report
 
 
+def test_readme_says_of_long_sequences_and_of_two_gpus_what_the_documents_say():
+    text = " ".join(TEXTS[-1].read_text().split())
+    paragraph = re.search(r"\*\*Long sequences\.\*\* (.*?): \[", text)[1]
+    figures = re.findall(r"\d[\d,]*\d(?:\.\d+)?", paragraph)
+    known = set(re.findall(r"\d[\d,]*\d(?:\.\d+)?", (ROOT / "doc" / "long.md").read_text()))
+    assert len(figures) == 5
+    assert set(figures) <= known
+    efficiencies = {"fast": [], "original": []}
+    for row in by_column((ROOT / "doc" / "scaling.md").read_text()):
+        efficiencies[row["preset, and what differs from it"].split(",")[0]].append(int(row["efficiency, 2 GPUs"][:-1]))
+    fast, original = ((min(own), max(own)) for own in efficiencies.values())
+    assert "{} to {} % of twice one's speed under preset fast, {} to {} %".format(*fast, *original) in text
+
+
 def test_readme_states_the_errors_of_the_predictions():
     text = " ".join(TEXTS[-1].read_text().split())
     told = set(re.findall(r"(\d+) peaks[^.%]*?largest error is ([\d.]+%)", text))
@@ -219,6 +234,20 @@ def test_estimate_of_host_memory_is_near_what_was_measured():
         assert estimate == pytest.approx(run.host_peak_bytes, rel=0.05, abs=PROCESS_SPREAD), run.run_name
 
 
+def test_host_memory_of_long_sequences_is_near_what_was_measured():
+    told = [(p, r) for p, r in evidence.predictions(evidence.long_runs()) if evidence.host_error(p, r) is not None]
+    assert told
+    for prediction, run in told:
+        near = pytest.approx(run.host_peak_bytes, rel=0.05, abs=PROCESS_SPREAD)
+        assert prediction.predicted_host_bytes == near, run.run_name
+
+
+def test_times_that_predictions_are_compared_with_are_those_of_enough_steps():
+    found = [c.run for own in evidence.timed().values() for c in own]
+    assert len(found) > 200
+    assert all(len(run.step_seconds) >= 5 and run.run.warmup >= 2 for run in found)
+
+
 def test_fast_preset_takes_no_more_memory_and_less_time_than_the_original():
     by_name = {run.run_name: run for run in evidence.listed(DATA, "deepspeed") if run.status == "ok"}
     pairs = [(run, by_name[f"{name}_fast"]) for name, run in by_name.items() if f"{name}_fast" in by_name]
@@ -282,6 +311,29 @@ def test_savings_are_ratios_of_the_records():
     assert str(own.reach(NONE, studies.LINES[0])) == "16 (none larger measured)"
     assert str(own.reach(ALL, studies.LINES[0])) == "8 (16: OOM)"
     assert str(own.reach(NO_FLCE, studies.LINES[1])) == "not measured"
+
+
+LONGEST = {**RUN_PRESETS["longest"], "preset": "longest", "memory_limit_gib": 79.2, "attention_kept": 15}
+del LONGEST["batch_size"]
+
+
+def test_long_sequences_stand_with_what_they_needed_and_the_longest_that_fit_are_the_ladder(monkeypatch):
+    folder = {"model_name": "models/llama_4_layers", "rope_scaling": 8.0}
+    full = out_of_memory(NONE, 1, 2**17)
+    long = made_up(ALL, 1, 2**19, **LONGEST, rope_scaling=4.0, host_peak_bytes=100 * GIB, warmup=0)
+    other = made_up(ALL, 1, 2**20, **LONGEST | folder, seconds=[700.0], host_peak_bytes=GIB)
+    runs = [other, full, out_of_memory(NONE, 1, 2**20), made_up(NONE, 1, 2**13), long, made_up(NONE, 1, 2**15)]
+    monkeypatch.setattr(evidence, "listed", lambda *_: [*runs, failed(ALL, 1, 2**13)])
+    assert [r.run.seq_length for r in evidence.long_runs()] == [2**13, 2**15, 2**17, 2**19, 2**20, 2**20]
+    assert evidence.long_ladder() == {NONE: (runs[-1], full), evidence.LONGEST: (long, None)}
+    kept = predicted(ALL, 1, 2**19, **LONGEST, peak=GIB, predicted_host_bytes=98 * GIB)
+    shown = by_column(tables.long([(out_of_memory(NONE, 1, 2**17), full), (kept, long), (predicted(ALL, 1), other)]))
+    assert [row["tokens"] for row in shown] == ["131,072", "524,288", "1,048,576"]
+    assert shown[1]["turned on"] == "preset longest, attention_kept 15, rope_scaling 4.0"
+    assert (shown[1]["error"], shown[1]["host error"]) == ("-50.000%", "-2.0%")
+    assert shown[1]["timed steps, after warm-up"] == "4 after 0"
+    assert (shown[0]["measured GiB"], shown[0]["s a step"], shown[0]["host measured GiB"]) == ("OOM", "", "")
+    assert (shown[2]["model"], shown[2]["s a step"], shown[2]["host error"]) == ("llama_4_layers", "700.00", "")
 
 
 def used(record, gib, memory=H100.memory_bytes):

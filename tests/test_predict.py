@@ -140,6 +140,16 @@ def test_dry_run_records_its_prediction_and_nothing_that_was_not_simulated(small
     assert measured_only == [None] * 5
 
 
+def test_a_run_of_one_step_alone_has_no_optimizer_state_before_it(small):
+    one_step = dataclasses.replace(small, warmup=0, iterations=1)
+    first, later = (predicted(config) for config in (one_step, dataclasses.replace(one_step, warmup=1)))
+    states = 2 * later.breakdown["parameters"]
+    workspace = later.breakdown["library_workspace"] / 2  # of the backward pass
+    more = later.phases.peak_bytes["forward"] - first.phases.peak_bytes["forward"]
+    assert more == pytest.approx(states + workspace, rel=1e-3)
+    assert later.phases.peak_bytes == predicted(small).phases.peak_bytes
+
+
 def test_card_that_is_too_small_gives_status_3_and_the_peak_all_the_same(small, dry_runs):
     status, config = dry_runs["full"]
     record = load(config.record_file)

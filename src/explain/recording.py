@@ -185,15 +185,17 @@ def _note(text: str) -> None:
         pass
 
 
-def record_step(experiment: Attributed, *, context: str = "all") -> dict[str, Any]:
+def record_step(experiment: Attributed) -> dict[str, Any]:
     """Run one step with the CUDA allocator's history on; returns PyTorch's snapshot with labels and notes in it.
 
-    `context` says which events keep their Python stack: "all", "alloc" or, quicker, None.
+    Requests keep their Python stack, releases do not: looking at the stack while an exception unwinds it, such as the
+    one with which a recomputation ends, loses the exception, and the step fails ("returned NULL without setting an
+    exception"; PyTorch 2.11 under DeepSpeed, and with Gemma 2's kernels).
     """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.memory._record_memory_history(
-        max_entries=MAX_ENTRIES, stacks="python", context=context, global_record_annotations=True
+        max_entries=MAX_ENTRIES, stacks="python", context="alloc", global_record_annotations=True
     )
     try:
         Attribution(_AllocatorHistory(), experiment).step()

@@ -22,8 +22,6 @@ class OffloadExperiment:
     step: Step
     steps_before: int  # optimizer steps of the engine when this run began
     skipped_before: int
-    # With stacks of releases too, a step under DeepSpeed failed on PyTorch 2.11: "returned NULL without an exception".
-    snapshot_context = "alloc"
 
     @property
     def model(self) -> torch.nn.Module:

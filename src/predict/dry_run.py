@@ -186,11 +186,13 @@ def _predicted(
     experiment = build(config, runtime)
     if not experiment.steps_before:
         gpu.load_peak_bytes = runtime.peak_bytes()[0]
-        experiment.step(no_mark)
-        if steps_more and _is_close(gpu):
+        # The first step makes the optimizer's state: its peak is another. A run of one step alone shows that one.
+        if config.warmup + config.iterations > 1:
             experiment.step(no_mark)
+            if steps_more and _is_close(gpu):
+                experiment.step(no_mark)
     runtime.release_cache()
-    runtime.reset_peak()  # of the first step, or of the run before
+    runtime.reset_peak()  # of what ran before
     gpu.record_frames, first_event = record_frames, len(gpu.events)
     reserved = 0
     attribution = Attribution(gpu, experiment)

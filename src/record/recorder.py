@@ -219,7 +219,7 @@ class Recorder:
             trace_step(experiment.step, self.config.trace_file, keeps=self._team.keeps)
 
     def _record_breakdown(self, experiment: Experiment) -> Timeline:
-        snapshot = record_step(experiment, context=experiment.snapshot_context)
+        snapshot = record_step(experiment)
         found = timeline(snapshot)
         self.add_breakdown(found)
         if self._team.keeps:

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from src.techniques.technique import Config, Model, Technique, not_measured
+from src.techniques.technique import Config, Model, Technique
 
 
 def _checkpoint(model: Model, config: Config) -> None:
@@ -113,7 +113,6 @@ CHECKPOINTING = (
         scripts=("all_gpu",),
         compared=True,
         changes_numerics=True,
-        warning=not_measured("mlp_tile_tokens"),
     ),
     Technique(
         name="gradient_checkpointing",
@@ -160,7 +159,6 @@ CHECKPOINTING = (
         bounds=(0, 1024),
         needs=("gradient_checkpointing", "checkpoint_offload"),
         compared=True,
-        warning=not_measured("attention_kept"),
         refusal=_refusal_of_kept_attention,
     ),
 )

@@ -7,7 +7,7 @@ from types import MethodType
 from typing import Any
 
 from src.families import Family
-from src.techniques.technique import Config, Model, Technique, not_measured
+from src.techniques.technique import Config, Model, Technique
 from src.utils import UsageError
 
 
@@ -165,7 +165,6 @@ KERNELS = (
         needs=("flce",),
         compared=True,
         changes_numerics=True,
-        warning=not_measured("flce_tokens"),
         to_model=_in_pieces,
     ),
 )

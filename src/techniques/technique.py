@@ -61,8 +61,3 @@ class Technique:
     def differs(self, config: Config) -> bool:
         """Whether a run has another value than the default."""
         return getattr(config, self.name) != self.default
-
-
-def not_measured(name: str) -> Callable[[Config], str | None]:
-    """A technique's warning until a GPU has shown what it does there."""
-    return lambda config: f"--{name}: tested on CPUs, not measured on a GPU yet" if getattr(config, name) else None
