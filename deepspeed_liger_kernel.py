@@ -2,6 +2,7 @@
 
     bash run_ds.sh                       # the original's settings; its variables are in the script
     bash run_ds.sh --preset fast         # ours, for speed, in no more GPU memory
+    bash run_ds.sh --preset longest --max_seq_len 131072   # one sequence, as long as host memory allows
     deepspeed --num_gpus 1 deepspeed_liger_kernel.py --enable_liger_flce 0 --per_device_train_batch_size 8
     NUM_GPUS=8 bash run_ds.sh --dry_run  # predict GPU and host memory; needs no GPU
 

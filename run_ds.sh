@@ -4,6 +4,7 @@
 #
 #   bash run_ds.sh                                             # the original's settings
 #   bash run_ds.sh --preset fast                               # ours, for speed
+#   MAX_SEQ_LENGTH=131072 bash run_ds.sh --preset longest      # a sequence as long as host memory allows
 #   PER_DEVICE_TRAIN_BATCH_SIZE=32 ENABLE_FLCE=0 bash run_ds.sh
 #   NUM_GPUS=2 bash run_ds.sh
 #   NUM_GPUS=64 bash run_ds.sh --dry_run                       # predicts GPU and host memory; needs no GPU
@@ -77,10 +78,10 @@ if [ -n "$HOSTFILE" ]; then
 fi
 
 if [ -n "$plans" ] || python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-    device=cuda model=meta-llama/Llama-3.2-1B-Instruct batch=4 length=1024 iterations=5
+    device=cuda model=meta-llama/Llama-3.2-1B-Instruct length=1024 iterations=5
 else # a size for Triton's interpreter
     export DS_ACCELERATOR=cpu TRITON_INTERPRET=1
-    device=cpu model=tiny-llama batch=2 length=32 iterations=2
+    device=cpu model=tiny-llama length=32 iterations=2
 fi
 
 MODEL_NAME=${MODEL_NAME:-$model}
@@ -94,7 +95,7 @@ REDUCE_BUCKET_SIZE=${REDUCE_BUCKET_SIZE:-} # empty: the preset's; 1e5 in the ori
 SUB_GROUP_SIZE=${SUB_GROUP_SIZE:-}         # empty: the preset's; 0 in the original
 GRADIENT_CLIPPING=${GRADIENT_CLIPPING:-0.9}
 
-PER_DEVICE_TRAIN_BATCH_SIZE=${PER_DEVICE_TRAIN_BATCH_SIZE:-$batch}
+PER_DEVICE_TRAIN_BATCH_SIZE=${PER_DEVICE_TRAIN_BATCH_SIZE:-} # empty: the preset's; 4 in the original
 NUM_TRAIN_ITERATIONS=${NUM_TRAIN_ITERATIONS:-$iterations}
 GRADIENT_ACCUMULATION_STEPS=${GRADIENT_ACCUMULATION_STEPS:-1}
 MAX_SEQ_LENGTH=${MAX_SEQ_LENGTH:-$length}
@@ -131,7 +132,7 @@ exec "${command[@]}" \
     ${REDUCE_BUCKET_SIZE:+--reduce_bucket_size "$REDUCE_BUCKET_SIZE"} \
     ${SUB_GROUP_SIZE:+--sub_group_size "$SUB_GROUP_SIZE"} \
     --gradient_clipping "$GRADIENT_CLIPPING" \
-    --per_device_train_batch_size "$PER_DEVICE_TRAIN_BATCH_SIZE" \
+    ${PER_DEVICE_TRAIN_BATCH_SIZE:+--per_device_train_batch_size "$PER_DEVICE_TRAIN_BATCH_SIZE"} \
     --num_train_iterations "$NUM_TRAIN_ITERATIONS" \
     --gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS" \
     --max_seq_len "$MAX_SEQ_LENGTH" \

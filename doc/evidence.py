@@ -84,7 +84,7 @@ class Folder:
         if preset is None:
             config: RunConfig = RunConfig(**switches, **settings)
         else:
-            config = OffloadConfig(**switches, **PRESETS[preset] | {"preset": preset} | settings)
+            config = OffloadConfig(**switches, **OffloadConfig.presets[preset] | {"preset": preset} | settings)
         found = [r for r in self.records if (r.script, r.run_name) == (config.script, config.run_name)]
         if len(found) > 1:
             raise UsageError(f"doc/data/{self.name} has several records of {config.run_name}")
@@ -144,8 +144,8 @@ def _one_gpu_order(record: Record) -> tuple:
 
 def _offload_order(record: Record) -> tuple:
     config = record.run
-    usual = all(getattr(config, name) == value for name, value in PRESETS[config.preset].items())
-    sizes = config.seq_length, config.batch_size, len(config.kernels), list(PRESETS).index(config.preset)
+    usual = all(getattr(config, name) == value for name, value in config.presets[config.preset].items())
+    sizes = config.seq_length, config.batch_size, len(config.kernels), list(config.presets).index(config.preset)
     return config.model_name, config.world_size, not usual, *sizes, record.run_name
 
 

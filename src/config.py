@@ -80,21 +80,18 @@ Techniques = dataclasses.make_dataclass(
 )
 
 
-# The study's settings, which are the defaults, and the longest sequences: what does not grow with the length, or grows
-# on the host. Explicit flags override single values of either.
-PRESETS: dict[str, dict[str, Any]] = {
-    "original": {},
-    "longest": {
-        "batch_size": 1,
-        **kernels_only(*KERNEL_NAMES),
-        "flce_tokens": 2**16,
-        "mlp_tile_tokens": 2**14,
-        "gradient_checkpointing": True,
-        "checkpoint_offload": "overlapped",
-        "attention_kept": 1024,  # in every layer
-        "optimizer_in_backward": True,
-    },
+# For the longest sequences, in both scripts: what does not grow with the length, or grows on the host.
+LONGEST: dict[str, Any] = {
+    "batch_size": 1,
+    **kernels_only(*KERNEL_NAMES),
+    "flce_tokens": 2**16,
+    "mlp_tile_tokens": 2**14,
+    "gradient_checkpointing": True,
+    "checkpoint_offload": "overlapped",
+    "attention_kept": 1024,  # in every layer
 }
+# The study's settings, which are the defaults, and the longest sequences. Explicit flags override single values.
+PRESETS: dict[str, dict[str, Any]] = {"original": {}, "longest": LONGEST | {"optimizer_in_backward": True}}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from src import overrides
-from src.config import COUNT, DTYPES, RunConfig, option
+from src.config import COUNT, DTYPES, LONGEST, RunConfig, option
 from src.utils import UsageError
 
 # DeepSpeed's CPU Adam, all of it in the optimizer phase; and ours, which updates while the next forward pass runs.
@@ -13,7 +13,8 @@ OFFLOAD_OPTIMIZERS = ("deepspeed_cpu_adam", "overlapped_cpu_adam")
 STATES = ("fp32", "bf16")
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
-# The original's settings, which are the defaults, and ours for speed. What neither names is the same in both.
+# What the study compares: the original's settings, which are the defaults, and ours for speed. What neither names is
+# the same in both.
 PRESETS: dict[str, dict[str, Any]] = {
     "original": {
         "dtype": "fp16",
@@ -46,9 +47,14 @@ class OffloadConfig(RunConfig):
 
     script: ClassVar[str] = "deepspeed"
     without_flag: ClassVar[frozenset[str]] = frozenset({"world_size", "host_memory_gib", "phases"})
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS | {"longest": PRESETS["fast"] | LONGEST}
 
-    preset: str = option("original", "the original's settings, or ours for speed", tag="", choices=tuple(PRESETS))
+    preset: str = option(
+        "original",
+        "the original's settings, ours for speed, or these for the longest sequences",
+        tag="",
+        choices=tuple(presets),
+    )
     world_size: int = option(1, "processes, one per GPU", tag="gpus", flags=("num_gpus",), bounds=(1, 2**20))
     batch_size: int = option(
         4, "sequences per GPU and micro-batch", flags=("per_device_train_batch_size",), bounds=(1, COUNT)

@@ -55,6 +55,8 @@ VARIANTS = {
     },
 }
 CASES = list(itertools.product(PRESETS, VARIANTS))
+VARIANTS["long sequences"] = {"mlp_tile_tokens": 7, "checkpoint_offload": "overlapped", "attention_kept": 2}
+CASES.append(("fast", "long sequences"))
 
 
 def config_of(preset, folder, **fields):

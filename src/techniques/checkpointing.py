@@ -78,6 +78,13 @@ def _refusal_of_tiles(config: Config) -> str | None:
     return None
 
 
+def _refusal_of_tile_tokens(config: Config) -> str | None:
+    """ZeRO-3 that fetches weight by weight has let those go that a tile's backward pass needs."""
+    if config.mlp_tile_tokens and config.script == "deepspeed" and not config.fetch_layers:
+        return "--mlp_tile_tokens under ZeRO-3 needs whole layers: --fetch_layers 1, as --preset fast and longest have"
+    return None
+
+
 def _refusal_of_kept_attention(config: Config) -> str | None:
     if not config.attention_kept:
         return None
@@ -110,9 +117,9 @@ CHECKPOINTING = (
         help="tiled MLP with pieces of so many tokens, whatever the length; 0: in one piece",
         tag="tiletokens",
         bounds=(0, 2**31),
-        scripts=("all_gpu",),
         compared=True,
         changes_numerics=True,
+        refusal=_refusal_of_tile_tokens,
     ),
     Technique(
         name="gradient_checkpointing",

@@ -161,7 +161,6 @@ KERNELS = (
         help="FLCE of so many tokens at a time, so that its logits do not grow with their number; 0: of all at once",
         tag="flcetokens",
         bounds=(0, 2**31),
-        scripts=("all_gpu",),
         needs=("flce",),
         compared=True,
         changes_numerics=True,
