@@ -11,7 +11,18 @@ from liger_kernel.transformers import LigerSwiGLUMLP
 
 from doc import evidence
 from src.advise import lines, measured
-from src.advise.levers import CHECKPOINTING, CUDA_GRAPH, LARGER_CHUNKS, LORA, MLP_CHECKPOINTING, OFFLOAD, Choice, liger
+from src.advise.levers import (
+    CHECKPOINTING,
+    CUDA_GRAPH,
+    LARGER_CHUNKS,
+    LORA,
+    MLP_CHECKPOINTING,
+    MLP_TILES,
+    OFFLOAD,
+    ON_HOST,
+    Choice,
+    liger,
+)
 from src.advise.outcomes import Outcome, outcome, side_by_side
 from src.advise.ranking import ALIKE, advice, shipped_parities, why
 from src.advise.report import report, rows
@@ -188,6 +199,20 @@ def test_lines_leave_nothing_for_the_trainer_to_overwrite(tmp_path):
     assert isinstance(mlp, LigerSwiGLUMLP) or mlp.forward.args[0].__func__ is LigerSwiGLUMLP.forward
     assert mlp.forward.func is torch.utils.checkpoint.checkpoint
     assert built["model"].forward.keywords == {"chunk_mem_const": 16}
+
+
+def test_lines_of_the_longest_sequences_compute_what_the_script_does(tmp_path):
+    folder = write_llama_folder(tmp_path)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
+    asked = request(model_name=folder, gpu="h100", batch_size=1, seq_length=16, dtype="fp32")
+    code = lines.python(asked.with_settings(**Choice((ON_HOST, MLP_TILES)).values)).replace("16384", "5")
+    built: dict = {}
+    exec(code.partition("arguments =")[0], built)
+    ids, gradients = torch.arange(16)[None], []
+    for model in (built["model"].train(), transformers.LlamaForCausalLM.from_pretrained(folder).train()):
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(own, plain, atol=1e-6) for own, plain in zip(*gradients, strict=True))
 
 
 def test_lines_for_a_folder_have_the_names_of_its_family(tmp_path):

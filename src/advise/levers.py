@@ -30,7 +30,7 @@ CHUNKED_LOSS = Lever("chunked loss in PyTorch", {"loss": "chunked", "loss_chunks
 CUDA_GRAPH = Lever("CUDA graph", {"cuda_graph": True}, 2)
 IN_BACKWARD = Lever("optimizer in the backward pass", {"optimizer_in_backward": True}, 2)
 ON_HOST = Lever("checkpoints on the host", {"gradient_checkpointing": True, "checkpoint_offload": "overlapped"}, 2)
-TILED_MLP = Lever("tiled MLPs", {"mlp_tiles": 4}, 2)
+MLP_TILES = Lever("MLPs in pieces of 16,384 tokens", {"mlp_tile_tokens": 2**14}, 2)
 ADAFACTOR = Lever("Adafactor", {"optimizer": "adafactor"}, 2, "another optimizer")
 # The repository's other script: weights, gradients and optimizer states in host memory, with gradient checkpointing.
 OFFLOAD = Lever("ZeRO-3 offload (DeepSpeed)", {"offloaded": True}, 4)
@@ -46,7 +46,7 @@ LEVERS = (
     CUDA_GRAPH,
     IN_BACKWARD,
     ON_HOST,
-    TILED_MLP,
+    MLP_TILES,
     ADAFACTOR,
     OFFLOAD,
     LORA,

@@ -33,13 +33,10 @@ _OPTIMIZERS = {
 _MLP = """\
 for layer in model.model.layers:
     layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, use_reentrant=False)"""
-_TILED = """\
+_IN_TILES = """\
 for layer in model.model.layers:
-    whole = layer.mlp.forward
-    layer.mlp.forward = functools.partial(
-        apply_tiled_mlp, lambda _, x, whole=whole: whole(x), layer.mlp,
-        num_shards={tiles}, compute_params=list(layer.mlp.parameters()),
-    )"""
+    weights = [weight for weight in layer.mlp.parameters() if weight.requires_grad]
+    layer.mlp.forward = functools.partial(in_tiles, layer.mlp.forward, weights, {tokens})"""
 _ON_HOST = """\
 keep = functools.partial(HostCheckpoints().call, use_reentrant=False)
 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -85,8 +82,8 @@ def _imports(config: RunConfig) -> Iterator[str]:
         yield "from transformers.integrations.liger import apply_liger_kernel"
     if config.checkpoint_part == "mlp":
         yield "from torch.utils.checkpoint import checkpoint"
-    if config.mlp_tiles > 1:
-        yield "from liger_kernel.ops import apply_tiled_mlp"
+    if config.mlp_tile_tokens:
+        yield "from src.techniques.tiles import in_tiles  # of this repository"
     if config.checkpoint_offload == "overlapped":
         yield "from src.techniques.host_checkpoints import HostCheckpoints  # of this repository"
     if config.loss == "chunked":
@@ -95,8 +92,8 @@ def _imports(config: RunConfig) -> Iterator[str]:
 
 
 def _uses_functools(config: RunConfig) -> bool:
-    own = config.checkpoint_part == "mlp" or config.mlp_tiles > 1 or config.checkpoint_offload != "none"
-    return own or config.flce_chunks > 1 or config.optimizer_in_backward
+    own = config.checkpoint_part == "mlp" or config.mlp_tile_tokens or config.checkpoint_offload != "none"
+    return bool(own or config.flce_chunks > 1 or config.optimizer_in_backward)
 
 
 def _model(config: RunConfig) -> Iterator[str]:
@@ -109,7 +106,8 @@ def _liger_by_hand(config: RunConfig) -> bool:
 
     The Trainer puts them into the model only as it begins to train, and would overwrite that.
     """
-    return bool(config.kernels) and (config.flce_chunks > 1 or config.mlp_tiles > 1 or config.checkpoint_part == "mlp")
+    on_top = config.flce_chunks > 1 or config.mlp_tile_tokens or config.checkpoint_part == "mlp"
+    return bool(config.kernels and on_top)
 
 
 def _before_trainer(config: RunConfig) -> Iterator[str]:
@@ -119,8 +117,8 @@ def _before_trainer(config: RunConfig) -> Iterator[str]:
         yield _CHUNKED.format(chunks=config.loss_chunks)
     if _liger_by_hand(config):
         yield f"apply_liger_kernel(model, {_switches(config)})"
-    if config.mlp_tiles > 1:
-        yield _TILED.format(tiles=config.mlp_tiles)
+    if config.mlp_tile_tokens:
+        yield _IN_TILES.format(tokens=config.mlp_tile_tokens)
     if config.checkpoint_part == "mlp":
         yield _MLP
     if config.flce_chunks > 1:

@@ -104,7 +104,7 @@ def needed(outcome: Outcome) -> list[str]:
     """The libraries beside PyTorch and transformers, and memory beside the GPU's."""
     config = outcome.config
     wanted = {
-        "liger-kernel": config.kernels or config.mlp_tiles > 1,
+        "liger-kernel": config.kernels,
         "peft": config.lora_rank,
         "deepspeed": config.script == "deepspeed",
     }

@@ -7,7 +7,7 @@ answer was seen to fit, and is about the largest.
 
 from collections.abc import Callable, Sequence
 
-from src.advise.levers import CHECKPOINTING, IN_BACKWARD, ON_HOST, TILED_MLP, Choice, liger
+from src.advise.levers import CHECKPOINTING, IN_BACKWARD, MLP_TILES, ON_HOST, Choice, liger
 from src.advise.outcomes import Evaluate, Outcome
 from src.advise.request import Request
 from src.advise.search import kernels_of, told, trial_of
@@ -46,8 +46,9 @@ class SizeSearch:
 
     def _choices(self) -> list[Choice]:
         kernels = liger(kernels_of(self.request))
-        last = TILED_MLP if self.request.searched == "seq_length" else IN_BACKWARD
-        lean = [(ON_HOST, last), (CHECKPOINTING, IN_BACKWARD), (CHECKPOINTING,)]  # the one that takes longest first
+        tiles = (MLP_TILES,) if self.request.searched == "seq_length" else ()
+        # The one whose dry runs take longest first.
+        lean = [(ON_HOST, *tiles, IN_BACKWARD), (CHECKPOINTING, IN_BACKWARD), (CHECKPOINTING,)]
         return [Choice((kernels, *levers)) for levers in lean]
 
     def _expected(self, far: Outcome) -> int:
