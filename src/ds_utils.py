@@ -119,8 +119,8 @@ def init_distributed(device: str) -> torch.device:
         if processes > gpus:
             raise UsageError(f"{processes} processes on this machine, but {gpus} GPUs: take NUM_GPUS={gpus}")
         torch.cuda.set_device(local_rank)
-        # Four times as long PyTorch waits for traces, which nobody asked for, before it ends a rank whose collective
-        # has timed out: a minute by default.
+        # When a collective has timed out, PyTorch waits four times this long for traces before it ends the rank: a
+        # minute by default. Nobody asked for traces.
         os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "1000")
     join.meet()
     # DeepSpeed's own collectives for CPUs leave 66 MiB a rank in /dev/shm for good.

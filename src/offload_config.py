@@ -51,7 +51,7 @@ class OffloadConfig(RunConfig):
 
     preset: str = option(
         "original",
-        "the original's settings, ours for speed, or these for the longest sequences",
+        "the original's settings, ours for speed, or ours for the longest sequences",
         tag="",
         choices=tuple(presets),
     )

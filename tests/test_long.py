@@ -7,7 +7,7 @@ import torch
 
 import all_gpu_liger_kernel as script
 from src import cli, techniques
-from src.config import PRESETS, RunConfig
+from src.config import LONGEST, PRESETS, RunConfig
 from src.model_utils import build_model, load_model_config
 from src.offload.host_memory import PROCESS_BYTES, check_kept_on_host, host_bytes_needed, kept_on_host_bytes
 from src.offload_config import PRESETS as OFFLOAD_PRESETS
@@ -109,6 +109,8 @@ def test_offloaded_runs_count_it_too():
     assert more == 31 * GIB + 8 * (GIB + 16 * MIB) - before
     with pytest.raises(UsageError, match="blocking is for one GPU"):
         techniques.check(dataclasses.replace(plain, checkpoint_offload="blocking"))
+    with pytest.raises(UsageError, match="--mlp_tile_tokens under ZeRO-3 needs whole layers"):
+        techniques.check(dataclasses.replace(plain, mlp_tile_tokens=64, fetch_layers=False))
 
 
 def test_a_host_that_is_too_small_is_told_before_anything_is_built():
@@ -200,6 +202,10 @@ def test_flags_override_the_preset_and_name_the_run():
     assert {name: getattr(config, name) for name in PRESETS["longest"]} == PRESETS["longest"] | {"attention_kept": 14}
     assert config.run_name.endswith("_keptattention14_dryrun1_longest")
     assert RunConfig.from_dict(config.to_dict()) == config
+    offloaded = cli.parsed("", OffloadConfig(), {}, words).config
+    wanted = OFFLOAD_PRESETS["fast"] | LONGEST | {"attention_kept": 14}
+    assert {name: getattr(offloaded, name) for name in wanted} == wanted
+    assert offloaded.run_name.endswith("_keptattention14_dryrun1_longest")
 
 
 def test_the_longest_length_is_found_within_a_hundredth_in_few_trials():

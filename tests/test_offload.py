@@ -56,7 +56,8 @@ VARIANTS = {
 }
 CASES = list(itertools.product(PRESETS, VARIANTS))
 VARIANTS["long sequences"] = {"mlp_tile_tokens": 7, "checkpoint_offload": "overlapped", "attention_kept": 2}
-CASES.append(("fast", "long sequences"))
+VARIANTS["long sequences"] |= {"flce": True, "flce_tokens": 50}
+CASES.append(("fast", "long sequences"))  # the other preset fetches no whole layers
 
 
 def config_of(preset, folder, **fields):

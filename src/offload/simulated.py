@@ -120,6 +120,7 @@ def unchecked(config: OffloadConfig) -> list[str]:
     found += [f"{ranks} GPUs"] if config.find_min or config.world_size > MEASURED_RANKS else []
     found += ["--ds_override's other values"] if overrides.says_more(config.ds_overrides) else []
     found += ["checkpoints on the host"] if config.checkpoint_offload != "none" else []
+    found += ["MLP or loss in pieces of tokens"] if config.mlp_tile_tokens or config.flce_tokens else []
     found += ["micro-batches"] if config.gradient_accumulation_steps > 1 else []
     found += ["LoRA"] if config.lora_rank else []
     return found if config.model_name in MEASURED_MODELS else [*found, config.model_name]
@@ -242,7 +243,8 @@ def _nothing_compiled() -> Iterator[Any]:
     nothing = SimpleNamespace(create_adam=_Nothing, adam_update=_Nothing, destroy_adam=_Nothing)
     yield mock.patch.object(CPUAdamBuilder, "load", return_value=nothing)
     yield mock.patch.object(overlapped_adam, "_kernel", return_value=nothing)
-    # Its thread may come to the last step's updates when this block has ended: they would write where no memory is.
+    # The last step's updates may run after this block, in their thread. What was handed to it must be nothing already:
+    # the real update would write where no memory is.
     yield mock.patch.object(overlapped_adam.FusedCpuAdam, "update", _Nothing)
     for name in ("Stream", "stream", "current_stream"):
         yield mock.patch(f"torch.cuda.{name}", _Nothing)

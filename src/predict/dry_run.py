@@ -82,7 +82,7 @@ class FakeRuntime:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one simulated step showed, after one that creates the optimizer's state. Sizes in bytes."""
+    """What one simulated step showed: the run's only one, or one after the optimizer's state is made. In bytes."""
 
     config: RunConfig
     load_peak_bytes: int
