@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from src.experiment import PHASES, no_mark
 from src.explain.reading import read
 from src.measure import measure, measure_phases, steps
 from src.measure.devices import HostRuntime
+from src.measure.graph import GraphedStep
 from src.record import load
 from src.utils import MIB, quartiles
 from tests.helpers import HUGGING_FACE, kernels_only, tiny_config
@@ -278,3 +280,33 @@ def test_grad_norm_is_that_of_all_gradients_without_the_loss_scale(dtype, scale)
 def test_quartiles_are_numpys(rng, count):
     values = [rng.expovariate(1) for _ in range(count)]
     assert quartiles(values) == pytest.approx(np.percentile(values, [25, 50, 75]))
+
+
+def test_a_graph_is_let_go_before_a_step_whose_phases_are_marked(monkeypatch):
+    """It holds the memory of a step. On a stand-in for CUDA; what is captured runs no kernels."""
+    told, alive = [], weakref.WeakSet()
+
+    class Graph:
+        def __init__(self):
+            alive.add(self)
+
+        def replay(self):
+            told.append("replay")
+
+    def cuda_context(*_args, **_kwargs):
+        return contextlib.nullcontext()
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    stand_ins = {"Stream": lambda: stream, "current_stream": lambda: stream, "stream": cuda_context}
+    stand_ins |= {"CUDAGraph": Graph, "graph": cuda_context, "max_memory_allocated": lambda: 7}
+    stand_ins |= {name: lambda: None for name in ("synchronize", "reset_peak_memory_stats")}
+    stand_ins["empty_cache"] = lambda: told.append(f"cache emptied beside {len(alive)} graphs")
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+    step = GraphedStep(lambda mark: told.append(f"step beside {len(alive)} graphs"), told.append)
+    for mark in (no_mark, no_mark, no_mark, print, no_mark):
+        step(mark)
+    captured = ["step beside 1 graphs", 7, "replay"]
+    let_go = ["cache emptied beside 0 graphs", 0, "step beside 0 graphs"]
+    assert told == ["step beside 0 graphs"] * 2 + captured + let_go + captured
