@@ -542,7 +542,7 @@ def made_after(runs: Iterable[Record]) -> bool:
 def timed() -> dict[str, list[Compared]]:
     """The runs whose time is predicted, GPU by GPU: those that its rates were fitted to, those held out, later ones.
 
-    Without those of fewer steps than the contract asks for, see CONTRIBUTING.md: their times say less.
+    Without those of fewer than five steps after two of warm-up: their times say less.
     """
     own = {name: predictions(filter(_is_timed, predictable(listed(DATA / name, "all_gpu")))) for name in PREDICTED_RUNS}
     groups = {}
@@ -554,6 +554,12 @@ def timed() -> dict[str, list[Compared]]:
 
 def _is_timed(run: Record) -> bool:
     return run.run.warmup >= 2 and run.run.iterations >= 5
+
+
+def with_earlier_times(rows: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The choices of `rows` that were not run again, each with the time that the same choice took in `before`."""
+    known = {(str(r["situation"]), r["choice"]): r["measured_s"] for r in before}
+    return [{**r, "measured_s": known[str(r["situation"]), r["choice"]]} for r in rows if r["status"] is None]
 
 
 def off(rows: Iterable[Mapping[str, Any]], guess: str, measured: str) -> list[float]:
