@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from src import families, machine, overrides, program, techniques
@@ -34,7 +35,10 @@ def command_line(
     if words is None:
         program.begin(ranks.tell)  # one line for the whole job
     try:
-        return parsed(description, defaults, cpu_defaults, words)
+        command = parsed(description, defaults, cpu_defaults, words)
+        if find_spec("torch") is None:
+            raise UsageError(f"{sys.executable} has no PyTorch: activate your environment, see README.md")
+        return command
     except UsageError as error:
         sys.exit(_refused(error))
 
@@ -77,6 +81,8 @@ def _plans(config: RunConfig, given: Mapping[str, Any]) -> bool:
         raise UsageError("--gpu_memory_gib is for --dry_run and searches; --memory_limit_gib caps a measured run")
     if config.gpu_rates is not None and not config.plans:
         raise UsageError("--gpu_rates is for --dry_run and searches: a run shows how fast it is")
+    if config.parity and config.plans:
+        raise UsageError("--parity compares gradients, of which a dry run has none: leave one of the two out")
     if "world_size" in given and not config.plans:
         raise UsageError("--num_gpus is for --dry_run and searches; a run has as many as its launcher starts")
     return config.plans

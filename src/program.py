@@ -1,6 +1,7 @@
 """What every command does alike: tell a mistake, an interruption, or an output that cannot be written, in one line."""
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -8,6 +9,9 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from src.utils import ExitStatus, UsageError, error_line
+
+# transformers imports torchao where it is installed, which then warns of kernels for other GPUs and of its own code.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,6 +39,8 @@ def begin(tell: Callable[[str], None] = error_line) -> None:
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as it is under nohup
         signal.signal(signal.SIGINT, _Interrupted(tell))
 

@@ -60,13 +60,21 @@ def ranked(request: Request, fitting: Sequence[Outcome]) -> list[Outcome]:
     return sorted(found, key=lambda o: o is not min(alike, key=lambda o: (o.choice.effort, _time(o))))
 
 
+def _fills_positions(outcome: Outcome) -> bool:
+    from src.model_utils import load_model_config  # it imports torch, which the dry runs have done by now
+
+    return outcome.config.seq_length == load_model_config(outcome.config).max_position_embeddings
+
+
 def why(advice: Advice) -> str:
     """One sentence: why the first is first."""
     first, others = advice.ranked[0], advice.ranked[1:]
     if advice.request.searched:
         size = f"{advice.request.searched} {getattr(first.config, advice.request.searched):,}"
         part = first.largest_part.replace("_", " ")
-        return f"First because no other choice was seen to fit so much: {size}; most of the memory is then {part}."
+        end = " Longer ones would be beyond the model's positions." if _fills_positions(first) else ""
+        reason = f"First because no other choice was seen to fit so much: {size}; most of the memory is then {part}."
+        return f"{reason}{end} Of the others larger sizes may fit, too: they were not searched as closely."
     if advice.request.goal == "fit":
         return f"First because it fits with the least to change{_against(advice)}."
     if first.seconds is None:

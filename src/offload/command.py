@@ -24,17 +24,21 @@ def on_visible_gpus(words: Sequence[str]) -> list[str]:
     """`words`, DeepSpeed's flags, with the GPUs that CUDA_VISIBLE_DEVICES shows in place of their number.
 
     Told a number, DeepSpeed's launcher counts the machine's GPUs from 0, and takes those that were to be left alone.
-    Raises `UsageError` if fewer are shown, or not by number: that launcher knows no other names.
+    The variable goes: that launcher would say that it ignores it. Raises `UsageError` if fewer are shown, or not by
+    number: it knows no other names.
     """
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
     count = _after("--num_gpus", words)
-    if shown == [""] or count is None or "--hostfile" in words or os.environ.get("DS_ACCELERATOR") == "cpu":
+    if shown == [""] or count is None or "--hostfile" in words:
+        return list(words)
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        del os.environ["CUDA_VISIBLE_DEVICES"]
         return list(words)
     if not all(name.isdecimal() for name in shown):
         raise UsageError(f"CUDA_VISIBLE_DEVICES must list GPUs by number, got {','.join(shown)!r}")
     if len(shown) < int(count):
         raise UsageError(f"NUM_GPUS={count}, but CUDA_VISIBLE_DEVICES={','.join(shown)} shows {len(shown)}")
-    del os.environ["CUDA_VISIBLE_DEVICES"]  # or the launcher says that it ignores it
+    del os.environ["CUDA_VISIBLE_DEVICES"]
     place = words.index("--num_gpus")
     return [*words[:place], "--include", f"localhost:{','.join(shown[: int(count)])}", *words[place + 2 :]]
 

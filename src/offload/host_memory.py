@@ -56,10 +56,10 @@ def check_kept_on_host(config: RunConfig, shape: PretrainedConfig) -> None:
     layers = min(config.attention_kept, shape.num_hidden_layers)
     fitting = [n for n in range(layers) if _needed_with(config, shape, n) <= available]
     ways += [f"--attention_kept {fitting[-1]}"] if fitting else []
-    known = "--host_memory_gib says" if asked_for is not None else "are free (--host_memory_gib, if it is more)"
+    known = "of --host_memory_gib" if asked_for is not None else "that are free (--host_memory_gib, if there is more)"
     raise HostMemoryError(
-        f"{config.model_name} keeps {needed / GIB:.1f} GiB in host memory at {config.seq_length:,} tokens, and "
-        f"{available / GIB:.1f} GiB {known}: take {' or '.join(reversed(ways))}"
+        f"{config.model_name} keeps {needed / GIB:.2f} GiB in host memory at {config.seq_length:,} tokens, more than "
+        f"the {available / GIB:.2f} GiB {known}: take {' or '.join(reversed(ways))}"
     )
 
 

@@ -190,8 +190,11 @@ def _summary(config: RunConfig, prediction: Prediction, card: Gpu, limit: int) -
     host = prediction.host_peak_bytes
     host_words = "" if host is None else f"; host memory of the whole job {format_bytes(host)}"
     which = "smallest power of two" if config.searched == "world_size" else "largest"
+    end, is_sequence = "", config.searched == "seq_length"
+    if is_sequence and prediction.config.seq_length + GRANULARITY["seq_length"] > largest_size(config):
+        end = "\nIt is the model's positions that end there, not the memory: --rope_scaling goes beyond them"
     return (
         f"Predicted ({card.name}): {size} is the {which} that fits {format_bytes(limit)} of allocator memory\n"
         f"peak {format_bytes(prediction.peak_bytes)} in the {prediction.phases.phase} phase; "
-        f"largest part: {largest.replace('_', ' ')}, {format_bytes(prediction.breakdown[largest])}{host_words}"
+        f"largest part: {largest.replace('_', ' ')}, {format_bytes(prediction.breakdown[largest])}{host_words}{end}"
     )
