@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from src import techniques
-from src.cli import command_line
+from src.cli import command_line, parsed
 from src.config import RunConfig
 from src.families import SHAPES
 from src.offload_config import CONFIGS, PRESETS, OffloadConfig
@@ -123,6 +123,11 @@ def test_every_flag_sets_its_field_and_no_other(cls, data):
     except UsageError:
         assume(False)
     assert command_line(None, cls(), {}, words).planned == expected
+
+
+def test_a_dry_run_has_no_gradients_to_compare():
+    with pytest.raises(UsageError, match="--parity compares gradients"):
+        parsed(None, RunConfig(), {}, ["--dry_run", "--parity"])
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,14 @@ def test_frontier_without_room_is_zero_and_status_3(small):
     assert (record.status, record.frontier.predicted, record.peak_memory_bytes) == ("oom", 0, None)
 
 
+@pytest.mark.parametrize(("room", "ends"), [(GIB, True), (100 * MIB, False)], ids=["roomy", "small"])
+def test_search_says_where_it_is_the_positions_that_end(small, capsys, room, ends):
+    config = dataclasses.replace(small, dry_run=True, find_max="seq_length", memory_limit_gib=room / GIB)
+    assert script.main(config) == 0
+    assert (load(config.record_file).frontier.predicted == 512) == ends
+    assert ("--rope_scaling goes beyond them" in capsys.readouterr().out) == ends
+
+
 def test_on_a_gpu_what_fits_this_card_is_predicted_and_measured(small, monkeypatch):
     card = Gpu("Small Card", (9, 0), 132, memory_bytes=H100.context_bytes + GIB)
     prediction, asked = predicted(small), []
