@@ -305,8 +305,8 @@ def long_foretold() -> list[float]:
     """
     runs = [r for r in long_runs() if r.status == "ok" and r.run.warmup]
     pairs = [(long_predicted().get((long_setting(r), r.run.seq_length)), r) for r in runs]
-    own = [(p, r) for p, r in pairs if p is not None and p.run.model_name == r.run.model_name]
-    own = [(p, r) for p, r in own if p.run.mlp_tile_tokens == r.run.mlp_tile_tokens]
+    alike = ("model_name", "mlp_tile_tokens")
+    own = [(p, r) for p, r in pairs if p and all(getattr(p.run, name) == getattr(r.run, name) for name in alike)]
     return sorted((abs(error(p, r)) for p, r in own if p.environment.date < r.environment.date), reverse=True)
 
 

@@ -256,9 +256,9 @@ def long_without(found: Sequence[Record]) -> str:
     """Predicted: what `LONGEST` needs whole, and with a part of it changed."""
     rows = []
     for run in found:
-        sizes = [f"{count / GIB:,.2f}" if count else "" for count in (run.peak_memory_bytes, run.predicted_host_bytes)]
         changed = ", ".join(evidence.long_changes(run)) or "nothing"
-        rows.append([changed, *sizes, f"{run.predicted_latency_s:,.0f}"])
+        host = figure(run, "predicted_host_bytes", GIB, "{:,.2f}")
+        rows.append([changed, peak(run), host, figure(run, "predicted_latency_s", 1, "{:,.0f}")])
     return markdown_table(["changed", "peak GiB", "host GiB", "s a step"], rows)
 
 

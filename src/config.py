@@ -152,7 +152,7 @@ class RunConfig(Techniques):
         if self.compute_dtype == "bf16" or (self.compute_dtype == "fp16" and not self.parity):
             return "on a CPU the kernels are checked in fp32, with --parity also in fp16; bf16 needs a GPU"
         if flags := gpu_only(self):
-            return f"{flags[0]} needs a GPU, --dry_run none"
+            return f"{flags[0]} needs a GPU; --dry_run does without"
         if full_size(self.model_name):
             return f"{self.model_name} needs a GPU: Triton's interpreter is too slow for it; use tiny-llama"
         return None

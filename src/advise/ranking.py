@@ -60,21 +60,11 @@ def ranked(request: Request, fitting: Sequence[Outcome]) -> list[Outcome]:
     return sorted(found, key=lambda o: o is not min(alike, key=lambda o: (o.choice.effort, _time(o))))
 
 
-def _fills_positions(outcome: Outcome) -> bool:
-    from src.model_utils import load_model_config  # it imports torch, which the dry runs have done by now
-
-    return outcome.config.seq_length == load_model_config(outcome.config).max_position_embeddings
-
-
 def why(advice: Advice) -> str:
     """One sentence: why the first is first."""
     first, others = advice.ranked[0], advice.ranked[1:]
     if advice.request.searched:
-        size = f"{advice.request.searched} {getattr(first.config, advice.request.searched):,}"
-        part = first.largest_part.replace("_", " ")
-        end = " Longer ones would be beyond the model's positions." if _fills_positions(first) else ""
-        reason = f"First because no other choice was seen to fit so much: {size}; most of the memory is then {part}."
-        return f"{reason}{end} Of the others larger sizes may fit, too: they were not searched as closely."
+        return _why_largest(advice)
     if advice.request.goal == "fit":
         return f"First because it fits with the least to change{_against(advice)}."
     if first.seconds is None:
@@ -82,6 +72,19 @@ def why(advice: Advice) -> str:
     alike = [o for o in others if o.seconds and o.seconds <= first.seconds * (1 + ALIKE) and not o.choice.training]
     more = f"; no prediction tells it from {alike[0].choice.name}, for which there is more to change" if alike else ""
     return f"First because none that fits is predicted to be faster{_against(advice)}{more}."
+
+
+def _why_largest(advice: Advice) -> str:
+    from src.predict.frontier import fills_positions  # it imports torch, which the dry runs have done by now
+
+    first, searched = advice.ranked[0], advice.request.searched
+    size, part = f"{searched} {getattr(first.config, searched):,}", first.largest_part.replace("_", " ")
+    reason = f"First because no other choice was seen to fit so much: {size}; most of the memory is then {part}."
+    if searched == "seq_length" and fills_positions(first.config):
+        reason += " Longer ones would be beyond the model's positions."
+    if len(advice.ranked) > 1:
+        reason += " Of the others larger sizes may fit, too: they were not searched as closely."
+    return reason
 
 
 def _against(advice: Advice) -> str:

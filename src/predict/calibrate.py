@@ -42,10 +42,10 @@ USUAL = Sizes(
     copied_bytes=2**30,
     seconds=1.0,
 )
-# What the operations of a step get of the rate of a long copy: 2.98 of 4.27 TB/s on an H200, the first fitted to steps
-# that were measured (src/predict/rates.py), the second measured here.
-OF_A_COPY = 0.7
 TINY = Sizes(products=((32, 16, 64), (16, 64, 32)), attention=((1, 2, 16, 8),), copied_bytes=2**16, seconds=0.01)
+# What the operations of a step get of the rate of a long copy: 2.98 of 4.27 TB/s on an H200. The first was fitted to
+# steps that were measured (src/predict/rates.py), the second this command measured.
+OF_A_COPY = 0.7
 
 
 def _synchronize(device: str) -> None:

@@ -71,6 +71,12 @@ def largest_size(config: RunConfig) -> int:
     return min(positions, MAX_TOKENS // config.batch_size)
 
 
+def fills_positions(config: RunConfig) -> bool:
+    """Whether its sequences are as long as the model's positions allow, to within a step of the search."""
+    longest = largest_size(dataclasses.replace(config, find_max="seq_length"))
+    return config.seq_length + GRANULARITY["seq_length"] > longest
+
+
 def predicted_frontier(
     config: RunConfig, build: Build, card: Gpu, limit: int, simulate: Simulate | None = None
 ) -> tuple[int, Prediction | None]:
@@ -190,8 +196,8 @@ def _summary(config: RunConfig, prediction: Prediction, card: Gpu, limit: int) -
     host = prediction.host_peak_bytes
     host_words = "" if host is None else f"; host memory of the whole job {format_bytes(host)}"
     which = "smallest power of two" if config.searched == "world_size" else "largest"
-    end, is_sequence = "", config.searched == "seq_length"
-    if is_sequence and prediction.config.seq_length + GRANULARITY["seq_length"] > largest_size(config):
+    end = ""
+    if config.searched == "seq_length" and fills_positions(prediction.config):
         end = "\nIt is the model's positions that end there, not the memory: --rope_scaling goes beyond them"
     return (
         f"Predicted ({card.name}): {size} is the {which} that fits {format_bytes(limit)} of allocator memory\n"
