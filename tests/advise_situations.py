@@ -62,7 +62,7 @@ def main():
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
     for name in sys.argv[1:] or SITUATIONS:
         asked = request(**SITUATIONS[name])
-        with side_by_side(asked.card, asked.room_bytes) as evaluate:
+        with side_by_side(asked) as evaluate:
 
             def keep(trials, asked=asked, evaluate=evaluate):
                 outcomes = evaluate(trials)

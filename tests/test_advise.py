@@ -10,7 +10,7 @@ import transformers
 from liger_kernel.transformers import LigerSwiGLUMLP
 
 from doc import evidence
-from src.advise import lines, measured
+from src.advise import lines, measured, outcomes
 from src.advise.levers import (
     CHECKPOINTING,
     CUDA_GRAPH,
@@ -31,6 +31,8 @@ from src.advise.search import Search, resident_bytes
 from src.advise.sizes import CLOSE, SizeSearch
 from src.cli import parsed
 from src.machine import GPUS, gpu_named
+from src.predict.allocator import SimulatedOutOfMemory
+from src.predict.dry_run import predict
 from src.study import grids
 from src.study.answers import Cell, experiment, settings
 from src.utils import GIB, UsageError
@@ -115,7 +117,7 @@ def test_largest_batch_is_the_one_that_was_measured_but_for_the_memory_that_advi
     first = found.ranked[0]
     assert first.config.batch_size >= same.config.batch_size
     bigger = dataclasses.replace(first.config, batch_size=int(first.config.batch_size * (1 + CLOSE)) + 1)
-    assert not outcome((first.choice, bigger), found.request.card, found.request.room_bytes).fits
+    assert not outcome((first.choice, bigger), found.request).fits
 
 
 @pytest.mark.parametrize(("bytes_a_token", "reserved", "most"), [(5e4, 1.0, 6), (2e5, 1.0, 13), (2e5, 1.1, 17)])
@@ -235,7 +237,27 @@ def test_command_measures_what_is_advised():
 def test_kept_dry_runs_are_those_of_today():
     asked = request(**SITUATIONS["tiny"])
     first = answer("tiny").ranked[0]
-    assert values(outcome((first.choice, first.config), asked.card, asked.room_bytes)) == values(first)
+    assert values(outcome((first.choice, first.config), asked)) == values(first)
+
+
+def test_choice_fits_only_if_later_steps_do_with_nothing_left_free(monkeypatch):
+    asked = request(**SITUATIONS["tiny"])
+    first = answer("tiny").ranked[0]
+    trial = first.choice, first.config
+    reserved = predict(first.config, grids.script("all_gpu").build_experiment).peak_reserved_bytes
+    scarce = dataclasses.replace(asked, limit_bytes=int(1.2 * reserved))
+    assert outcome(trial, scarce).fits
+    limits = []
+
+    def refused_later(*words, limit_bytes, steps_more=True, **more):
+        limits.append(limit_bytes)
+        found = predict(*words, limit_bytes=limit_bytes, steps_more=False, **more)
+        return dataclasses.replace(found, refused=SimulatedOutOfMemory(requested_bytes=1)) if steps_more else found
+
+    monkeypatch.setattr(outcomes, "predict", refused_later)
+    assert not outcome(trial, scarce).fits
+    assert limits == [scarce.room_bytes, scarce.limit_bytes]
+    assert outcome(trial, asked).fits  # there memory is plenty, and no more steps are tried
 
 
 def test_of_times_that_no_prediction_tells_apart_the_least_change_is_first():
@@ -249,7 +271,7 @@ def test_of_times_that_no_prediction_tells_apart_the_least_change_is_first():
 def test_offloaded_choice_has_no_time_but_says_what_it_takes_at_least():
     asked = request(**SITUATIONS["tiny"], gpu_rates="h100")
     choice, config = Choice((OFFLOAD,)), asked.with_settings(offloaded=True)
-    found = outcome((choice, config), asked.card, asked.limit_bytes)
+    found = outcome((choice, config), asked)
     assert (found.seconds, found.config.gpu_rates) == (None, "h100")
     (_, row) = rows(advice(asked, [found], {}), {})
     assert f"at least {found.floor_s * 1e3:,.1f}" in row
@@ -281,7 +303,7 @@ def test_dry_runs_side_by_side_are_those_of_one_process_and_what_cannot_be_predi
     asked = request(**SITUATIONS["tiny"])
     first = answer("tiny").ranked[0]
     wrong = dataclasses.replace(first.config, compile="layers", rms_norm=False, gradient_checkpointing=False)
-    with side_by_side(asked.card, asked.room_bytes) as evaluate:
+    with side_by_side(asked) as evaluate:
         found = evaluate([(first.choice, first.config), (Choice(), dataclasses.replace(wrong, model_name="nothing"))])
     assert values(found[0]) == values(first)
     assert isinstance(found[1], UsageError)

@@ -383,6 +383,8 @@ def test_report_has_the_figures_of_a_measured_run_and_names_its_files(config):
         "Loss": "2.5000 last timed step",
         "Gradient norm": "1.5000 one more step",
     }
+    assert rows(one.model_copy(update={"grad_norm": math.nan}))["Gradient norm"] == "not finite one more step"
+    assert "Gradient norm" not in rows(one.model_copy(update={"grad_norm": None}))
     assert rows(one.model_copy(update={"floor_s": 0.4}))["Floor"] == "400.00 ms the step takes 1.25 times as long"
     text = report(one)
     assert text.splitlines()[:2] == [

@@ -12,5 +12,5 @@ from src.advise.sizes import SizeSearch
 def answer(request: Request, known: Known, tell: Callable[[str], None] = lambda line: None) -> Advice:
     """What to turn on."""
     search = SizeSearch if request.searched else Search
-    with side_by_side(request.card, request.room_bytes) as evaluate:
+    with side_by_side(request) as evaluate:
         return advice(request, search(request, evaluate, tell).run(), known)

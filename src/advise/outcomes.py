@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ import torch
 
 from src import machine
 from src.advise.levers import Choice
+from src.advise.request import Request
 from src.config import RunConfig
 from src.explain.timeline import Timeline
-from src.machine import Gpu
-from src.predict.dry_run import predict
+from src.predict.dry_run import is_close, predict
 from src.study import grids
 from src.utils import UsageError, keep_out_of_garbage_collection
 
@@ -51,30 +52,29 @@ Trial = tuple[Choice, RunConfig]
 Evaluate = Callable[[Sequence[Trial]], list[Outcome | UsageError]]
 
 
-def outcome(trial: Trial, card: Gpu, limit_bytes: int) -> Outcome:
+def outcome(trial: Trial, request: Request) -> Outcome:
     """One dry run. Raises `UsageError` if the choice cannot be."""
-    return outcome_and_timeline(trial, card, limit_bytes)[0]
+    return outcome_and_timeline(trial, request)[0]
 
 
-def outcome_and_timeline(trial: Trial, card: Gpu, limit_bytes: int) -> tuple[Outcome, Timeline]:
+def outcome_and_timeline(trial: Trial, request: Request) -> tuple[Outcome, Timeline]:
     """One dry run, and its memory over the step. Raises `UsageError` if the choice cannot be."""
     choice, config = trial
     script = grids.script(config.script)
-    # Without more steps, which take time: advice leaves more memory free than they ever found wanting.
-    found = predict(
-        config,
-        script.build_experiment,
-        card=card,
-        limit_bytes=limit_bytes,
-        simulate=script.simulate,
-        strict=False,
-        steps_more=False,
+    dry_run = functools.partial(
+        predict, config, script.build_experiment, card=request.card, simulate=script.simulate, strict=False
     )
+    found = dry_run(limit_bytes=request.room_bytes, steps_more=False)
+    # A step that leaves some memory free can be followed by one that finds it in other pieces and needs it all: on an
+    # H200 one was, and ran out of memory (doc/advice.md). So more steps are tried, with nothing left free.
+    fits = found.refused is None
+    if fits and is_close(found.gpu):
+        fits = dry_run(limit_bytes=request.limit_bytes).refused is None
     time = found.step_time
     shown = Outcome(
         choice=choice,
         config=config,
-        fits=found.refused is None,
+        fits=fits,
         peak_bytes=found.peak_bytes,
         phase=found.phases.phase,
         breakdown=found.breakdown,
@@ -87,7 +87,7 @@ def outcome_and_timeline(trial: Trial, card: Gpu, limit_bytes: int) -> tuple[Out
 
 
 @contextlib.contextmanager
-def side_by_side(card: Gpu, limit_bytes: int) -> Iterator[Evaluate]:
+def side_by_side(request: Request) -> Iterator[Evaluate]:
     """What evaluates trials in a few processes, forked from this one, which has imported everything."""
     grids.script("all_gpu")
     fork = multiprocessing.get_context("fork")
@@ -95,7 +95,7 @@ def side_by_side(card: Gpu, limit_bytes: int) -> Iterator[Evaluate]:
     with concurrent.futures.ProcessPoolExecutor(count, fork, _begin) as pool:
 
         def evaluate(trials: Sequence[Trial]) -> list[Outcome | UsageError]:
-            running = [pool.submit(outcome, trial, card, limit_bytes) for trial in trials]
+            running = [pool.submit(outcome, trial, request) for trial in trials]
             return list(map(_result, running))
 
         yield evaluate

@@ -114,4 +114,4 @@ def _work(connection: Connection, question: Mapping[str, Any], techniques: Seque
 def _chosen(asked: Request, names: Sequence[str]) -> Chosen:
     chosen = Choice(tuple(liger(kernels_of(asked)) if name == LIGER else _BY_NAME[name] for name in names))
     config = asked.with_settings(**chosen.values)
-    return Chosen(asked, *outcome_and_timeline((chosen, config), asked.card, asked.room_bytes))
+    return Chosen(asked, *outcome_and_timeline((chosen, config), asked))

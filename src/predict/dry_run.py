@@ -189,7 +189,7 @@ def _predicted(
         # The first step makes the optimizer's state: its peak is another. A run of one step alone shows that one.
         if config.warmup + config.iterations > 1:
             experiment.step(no_mark)
-            if steps_more and _is_close(gpu):
+            if steps_more and is_close(gpu):
                 experiment.step(no_mark)
     runtime.release_cache()
     runtime.reset_peak()  # of what ran before
@@ -225,7 +225,7 @@ def _predicted(
         first_event=first_event,
         refused=gpu.allocator.refused,
     )
-    return _after_another_step(prediction) if steps_more and _is_close(gpu) else prediction
+    return _after_another_step(prediction) if steps_more and is_close(gpu) else prediction
 
 
 def _after_another_step(prediction: Prediction) -> Prediction:
@@ -237,10 +237,12 @@ def _after_another_step(prediction: Prediction) -> Prediction:
     return dataclasses.replace(prediction, refused=gpu.allocator.refused)
 
 
-def _is_close(gpu: FakeGpu) -> bool:
+def is_close(gpu: FakeGpu) -> bool:
     """Whether memory is so scarce that a step may fit and the next one not, which finds it in other pieces."""
-    limit = gpu.allocator.limit_bytes
-    return limit is not None and gpu.allocator.peak_reserved_bytes > CLOSE * limit
+    allocator = gpu.allocator
+    if allocator.limit_bytes is None or allocator.refused is not None:  # nothing can be refused, or something was
+        return False
+    return allocator.peak_reserved_bytes > CLOSE * allocator.limit_bytes
 
 
 def _rates(config: RunConfig, card: Gpu) -> Rates | None:
