@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch.cuda import _memory_viz
 
 import all_gpu_liger_kernel as script
+from doc import evidence
 from src.config import RunConfig
 from src.explain.categories import CATEGORIES
 from src.explain.reading import read
-from src.machine import H100, Gpu
+from src.machine import H100, Gpu, gpu_named
 from src.model_utils import build_model
 from src.predict import frontier
 from src.predict.allocator import SimulatedOutOfMemory, rounded
@@ -283,9 +284,24 @@ def test_on_a_gpu_what_fits_this_card_is_predicted_and_measured(small, monkeypat
     assert (found.limit_bytes, found.predicted, found.measured) == (GIB, 7, 6)
 
 
-def test_window_that_no_sequence_fills_changes_nothing_and_another_is_refused():
-    """Hugging Face makes a mask once a sequence is as long as the window; what attention needs then is not known."""
+def test_window_that_a_sequence_fills_is_refused_where_no_record_says_what_its_mask_needs():
+    """Hugging Face makes a mask once a sequence is as long as the window."""
     config = RunConfig(model_name="tiny-gemma3", batch_size=1, seq_length=511, **HUGGING_FACE)
-    assert predict(config, script.build_experiment).peak_bytes > 0
+    filled, ada = dataclasses.replace(config, seq_length=512), gpu_named("rtx4090")
+    for own, card in ((config, ada), (filled, H100)):
+        assert predict(own, script.build_experiment, card=card).peak_bytes > 0
     with pytest.raises(UsageError, match="a sliding window that a sequence fills, is not predicted"):
-        predict(dataclasses.replace(config, seq_length=512), script.build_experiment)
+        predict(filled, script.build_experiment, card=ada)
+
+
+def test_phases_under_a_mask_are_those_that_a_gpu_measured():
+    (run,) = (r for r in evidence.folder("h200_people").records if r.run.model_name == "google/gemma-3-1b-pt")
+    found = predict(run.run, script.build_experiment)
+    for phase, measured in run.phase_peak_bytes.items():
+        assert found.phases.peak_bytes[phase] == pytest.approx(measured, rel=2e-4)
+    assert found.step_time is None  # the kernel's speed is not known
+    events = found.gpu.events[found.first_event :]
+    sizes = [own.size for kind, own in events if kind == "alloc" and "cudnn_attention_backward" in own.operation]
+    # What that run's snapshot has: the layers' workspaces, under the mask of a window and without.
+    for workspace, layers in ((16_843_008, 22), (33_620_224, 4)):
+        assert sum(abs(size - workspace) < 1024 for size in sizes) == layers

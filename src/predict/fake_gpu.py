@@ -50,7 +50,9 @@ def _cudnn_attention_backward_bytes(grad: torch.Tensor, query: torch.Tensor, key
 
     Found on an H100 with PyTorch 2.11 and cuDNN 9: 129 MiB in the snapshot of 8 x 1024 tokens, 32 heads of 64 and 8
     key heads. On an H200 the same holds to 1 KiB for one sequence of 8,192 to 1,048,576 tokens
-    (doc/data/long/attention_h200.jsonl, whose workspace has the forward pass's row sums in it, freed at the end).
+    (doc/data/long/attention_h200.jsonl, whose workspace has the forward pass's row sums in it, freed at the end). So it
+    does, to 256 bytes, for Gemma 3's heads of 256 in a snapshot of 4 x 1024 tokens there: 16,843,008 bytes under the
+    mask of a sliding window, where keys are repeated for every head before, and 33,620,224 in layers without.
     """
     batch, heads, length, width = query.shape
     rows = batch * heads * length
@@ -343,21 +345,23 @@ def _attention(
 ) -> torch.Tensor:
     """Scaled dot-product attention through the kernel that PyTorch picks on a GPU.
 
-    Half precision takes cuDNN's on Hopper and FlashAttention elsewhere; neither makes a length x length tensor. In
-    fp32 only the plain formula takes grouped queries (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    Half precision takes cuDNN's on Hopper, for heads of up to 256, and FlashAttention elsewhere; neither makes a length
+    x length tensor. In fp32 only the plain formula takes grouped queries
+    (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
     """
     if _autocast_is_enabled("cpu"):
         query, key, value = (tensor.to(_autocast_dtype("cpu")) for tensor in (query, key, value))
     half = query.dtype in (torch.float16, torch.bfloat16)
+    if half and torch.cuda.get_device_capability()[0] == 9 and query.shape[-1] <= 256:
+        bias = None if attn_mask is None else _as_numbers(attn_mask, query.dtype)
+        return aten._scaled_dot_product_cudnn_attention(
+            query, key, value, bias, query.requires_grad, dropout_p, is_causal, False, scale=scale
+        )[0]
     if half and attn_mask is not None:  # no record says which kernel PyTorch takes then, nor what that needs
         raise UsageError(
-            "attention under a mask, as of a sliding window that a sequence fills, is not predicted in half precision: "
-            "take a shorter --seq_length, or --attention eager"
+            "attention under a mask, as of a sliding window that a sequence fills, is not predicted in half precision "
+            "for this GPU: take a shorter --seq_length, or --attention eager"
         )
-    if half and torch.cuda.get_device_capability()[0] == 9 and query.shape[-1] <= 128:
-        return aten._scaled_dot_product_cudnn_attention(
-            query, key, value, None, query.requires_grad, dropout_p, is_causal, False, scale=scale
-        )[0]
     if half:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
     if enable_gqa:
@@ -367,6 +371,13 @@ def _attention(
     return aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale
     )[0]
+
+
+def _as_numbers(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask as what is added to the scores, as PyTorch makes it of one that says what may be seen."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, *(torch.tensor(number, dtype=dtype, device=mask.device) for number in (0, -torch.inf)))
 
 
 def _frames() -> tuple[tuple[str, int, str], ...]:

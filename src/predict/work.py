@@ -107,13 +107,15 @@ def _product(name: str, matrices: Sequence[torch.Tensor], moved: int) -> Work:
 def _attention(schema: _Schema, values: Sequence[Any], moved: int) -> Work:
     """Products of queries x keys x width, 2 forwards and 5 backwards, 2 operations each.
 
-    A causal mask leaves out half.
+    A causal mask leaves out half. How fast kernels are under other masks was not measured.
     """
     named = dict(zip(schema.names, values))
     (batch, heads, queries, width), keys = named["query"].shape, named["key"].shape[-2]
     is_backward = "backward" in schema.name
     flops = (10 if is_backward else 4) * batch * heads * queries * keys * width
     unit: Unit = "attention_backward" if is_backward else "attention"
+    if named.get("attn_bias") is not None:
+        unit = "unknown"
     return Work(schema.name, unit, named["query"].dtype, flops // 2 if named["is_causal"] else flops, moved)
 
 
