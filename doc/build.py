@@ -37,7 +37,7 @@ import mdformat
 from matplotlib.figure import Figure
 from PIL import Image  # comes with matplotlib
 
-from doc import evidence, pictures, studies, tables
+from doc import evidence, long, pictures, studies, tables
 from doc.evidence import ROOT
 from src.advise.request import LEFT_FREE
 from src.check import curves
@@ -92,6 +92,7 @@ def context(folder: str, command: str) -> dict[str, Any]:
         "records": functools.partial(evidence.listed, Path(ROOT, folder)),
         "command": command,
         "evidence": evidence,
+        "long": long,
         "curves": curves,
         "studies": studies,
         "tables": tables,

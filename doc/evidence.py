@@ -45,9 +45,6 @@ FITTED_RUNS = {"h100": ("h100_single_gpu", "h100_techniques"), "h200": ("h200_si
 PREDICTIONS = {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
 
 BATCHES = (1, 4, 8, 16, 32)  # of the runs that had a machine for themselves
-# The settings of long sequences, by their names: Hugging Face's code, the kernels, and all that `LONGEST` turns on.
-LONGEST = "preset longest"
-LONG = (TITLES["none"], TITLES["all"], LONGEST)
 OFFLOADED = (("none", 4), ("all", 4), ("none", 32), ("all", 32), ("all", 96))  # kernels and batch
 
 Pair = tuple[Record, Record]
@@ -244,70 +241,9 @@ def apart_in_training(a: Record, b: Record) -> float:
     return max(abs(other / own - 1) for own, other in figures)
 
 
-def long_setting(record: Record) -> str:
-    """What a run of a long sequence has turned on: one of `LONG`, or the name of other kernels."""
-    return LONGEST if record.run.preset == "longest" else record.run.title
-
-
-def long_runs() -> list[Record]:
-    """The measured runs of long sequences, the study's model first, from the shortest on."""
-    runs = predictable(listed(DATA / "h200_long", "all_gpu"))
-
-    def order(run: Record) -> tuple:
-        config, setting = run.run, long_setting(run)
-        place = LONG.index(setting) if setting in LONG else len(LONG)
-        return config.model_name != RunConfig.model_name, config.model_name, config.seq_length, place, run.run_name
-
-    return sorted(runs, key=order)
-
-
-def long_ladder() -> dict[str, tuple[Record, Record | None]]:
-    """Setting -> the longest sequence that the study's model was trained on, and the next that it had no room for."""
-    ladder = {}
-    for setting in LONG:
-        own = [r for r in long_runs() if r.run.model_name == RunConfig.model_name and long_setting(r) == setting]
-        if fitting := [r for r in own if r.status == "ok"]:
-            beyond = [r for r in own if r.status == "oom" and r.run.seq_length > fitting[-1].run.seq_length]
-            ladder[setting] = fitting[-1], next(iter(beyond), None)
-    return ladder
-
-
-@functools.cache
-def long_predicted() -> dict[tuple[str, int], Record]:
-    """Setting and tokens -> the prediction that the picture shows; its peak is there also if no card could hold it."""
-    return {(long_setting(r), r.run.seq_length): r for r in folder("predicted_long").records}
-
-
-@functools.cache
-def long_largest() -> dict[tuple[str, int], Record]:
-    """Setting and layers whose attention is kept -> the longest sequence predicted to fit an 80 GB card."""
-    records = folder("predicted_long/largest").records
-    own = [r for r in records if r.run.model_name == RunConfig.model_name]
-    return {(long_setting(r), r.run.attention_kept): r for r in own}
-
-
-def long_changes(run: Record) -> list[str]:
-    """What a predicted run of `LONGEST` changes of it."""
-    return run.run.unusual("batch_size", "seq_length", "rope_scaling", "dry_run", "gpu_memory_gib", "preset")
-
-
-def long_without(*parts: str) -> list[Record]:
-    """The predictions at the most tokens in which these settings of `LONGEST` are changed first; "" is the whole."""
-    own = {long_changes(r)[0].split()[0]: r for r in folder("predicted_long/without").records}
-    own[""] = long_predicted()[LONGEST, max(r.run.seq_length for r in own.values())]
-    return [own[part] for part in parts]
-
-
-def long_foretold() -> list[float]:
-    """Errors, without signs, largest first, of those predictions that were made before their run was measured.
-
-    They are of steps after the first, so those runs are left out that have no other.
-    """
-    runs = [r for r in long_runs() if r.status == "ok" and r.run.warmup]
-    pairs = [(long_predicted().get((long_setting(r), r.run.seq_length)), r) for r in runs]
-    alike = ("model_name", "mlp_tile_tokens")
-    own = [(p, r) for p, r in pairs if p and all(getattr(p.run, name) == getattr(r.run, name) for name in alike)]
-    return sorted((abs(error(p, r)) for p, r in own if p.environment.date < r.environment.date), reverse=True)
+def efficiency(several: Record, alone: Record) -> float:
+    """The speed of several GPUs over as many times one's."""
+    return several.throughput_tokens_per_s / (several.processes * alone.throughput_tokens_per_s)
 
 
 def newest() -> str:
@@ -556,6 +492,17 @@ def _is_timed(run: Record) -> bool:
     return run.run.warmup >= 2 and run.run.iterations >= 5
 
 
+def named_anew(rows: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The choices of `rows` that `before` does not name, or at another size."""
+
+    def named(row: Mapping[str, Any]) -> list[Any]:
+        config = row["config"]
+        return [row["situation"], row["choice"], config["batch_size"], config["seq_length"]]
+
+    known = list(map(named, before))
+    return [row for row in rows if named(row) not in known]
+
+
 def with_earlier_times(rows: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The choices of `rows` that were not run again, each with the time that the same choice took in `before`."""
     known = {(str(r["situation"]), r["choice"]): r["measured_s"] for r in before}
@@ -588,9 +535,10 @@ def orders(rows: Iterable[Mapping[str, Any]], apart: float = 0.02) -> tuple[int,
 
 
 def apart(runs: Folder, again: Folder) -> list[float]:
-    """How far the times of runs that were repeated lie from those of their repeats, relative, without signs."""
+    """How far the times of those of `runs` that were repeated lie from their repeats', relative, without signs."""
     first = {run.run_name: run for run in runs.records}
-    return [abs(run.latency_s / first[run.run_name].latency_s - 1) for run in again.records]
+    pairs = [(first[run.run_name], run) for run in again.records if run.run_name in first]
+    return [abs(run.latency_s / own.latency_s - 1) for own, run in pairs]
 
 
 def error(prediction: Record, run: Record) -> float:

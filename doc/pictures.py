@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.text import Text
 
-from doc import evidence, studies, tables
+from doc import evidence, long, studies, tables
 from doc.evidence import BATCHES, MODELS, Folder
 from doc.studies import ALL, NO_FLCE, NONE
 from src.check import curves
@@ -59,7 +59,7 @@ def _own_figures() -> Iterator[tuple[str, Figure]]:
     h100 = evidence.folder("h100_single_gpu")
     yield "first_page.png", first_page()
     yield "tokens.png", tokens()
-    yield "long.png", long()
+    yield "long.png", long_sequences()
     yield "memory_by_batch.png", memory_by_batch(h100)
     yield "fusion.png", diagram("fusion")
     yield "chunks.png", diagram("chunks")
@@ -204,18 +204,18 @@ def tokens() -> Figure:
     return drawing
 
 
-def long() -> Figure:
+def long_sequences() -> Figure:
     """Peaks against the tokens of one sequence, predicted and measured, and the memory of two cards."""
     drawing, axes = _figure(WIDTH, 3.6)
-    predicted, runs = evidence.long_predicted(), evidence.long_runs()
+    predicted, runs = long.predicted(), long.measured()
     sizes = sorted({tokens for _, tokens in predicted})
-    colours = dict(zip(evidence.LONG, (DARK, BLUE, ORANGE)))
-    for setting, marker in zip(evidence.LONG, "oD^"):
+    colours = dict(zip(long.SETTINGS, (DARK, BLUE, ORANGE)))
+    for setting, marker in zip(long.SETTINGS, "oD^"):
         colour = colours[setting]
         own = [(tokens, predicted[setting, tokens].peak_memory_bytes / GIB) for tokens in sizes]
         hollow = {"color": colour, "markerfacecolor": "white", "markersize": 6, "linewidth": 1}
         axes.plot(*zip(*own), marker=marker, label=f"{setting}, predicted", zorder=2, **hollow)
-        measured = [r for r in runs if evidence.long_setting(r) == setting and r.run.model_name == RunConfig.model_name]
+        measured = [r for r in runs if long.setting_of(r) == setting and r.run.model_name == RunConfig.model_name]
         fitting = [(r.run.seq_length, r.peak_memory_bytes / GIB) for r in measured if r.status == "ok"]
         looks = {"color": colour, "markeredgecolor": "black", "markersize": 7, "linestyle": ""}
         axes.plot(*(zip(*fitting) if fitting else ([], [])), marker=marker, label="measured", zorder=3, **looks)

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from doc import evidence, studies
+from doc import evidence, long, studies
 from doc.evidence import Pair
 from doc.studies import GRID, LINES, NOT_MEASURED, Column
 from src.explain.categories import CATEGORIES
@@ -237,14 +237,14 @@ def predicted_offload(pairs: Sequence[Pair]) -> str:
     return markdown_table([*CELL, "preset", "GPUs", *PEAKS, *HOST], rows)
 
 
-def long(pairs: Sequence[Pair]) -> str:
+def long_sequences(pairs: Sequence[Pair]) -> str:
     """Runs of long sequences: memory of GPU and host, predicted and measured, and what a step took."""
     said = ("model_name", "batch_size", "seq_length", "memory_limit_gib", "host_memory_gib", "iterations", "warmup")
     rows = []
     for prediction, run in pairs:
         settings = run.run.unusual(*said, "preset", *KERNEL_NAMES)
         told = [answers.short_model(run.run).removesuffix("-Instruct"), f"{run.run.seq_length:,}"]
-        told.append(", ".join([evidence.long_setting(run), *settings]))
+        told.append(", ".join([long.setting_of(run), *settings]))
         steps = f"{len(run.step_seconds)} after {run.run.warmup}" if run.step_seconds else ""
         times = [figure(run, "latency_s", 1, "{:,.2f}"), speed(run), steps] if run.status == "ok" else [""] * 3
         rows.append([*told, *_peaks(prediction, run), *_host(prediction, run), *times])
@@ -252,11 +252,11 @@ def long(pairs: Sequence[Pair]) -> str:
     return markdown_table(header, rows)
 
 
-def long_without(found: Sequence[Record]) -> str:
+def long_changed(found: Sequence[Record]) -> str:
     """Predicted: what `LONGEST` needs whole, and with a part of it changed."""
     rows = []
     for run in found:
-        changed = ", ".join(evidence.long_changes(run)) or "nothing"
+        changed = ", ".join(long.changes(run)) or "nothing"
         host = figure(run, "predicted_host_bytes", GIB, "{:,.2f}")
         rows.append([changed, peak(run), host, figure(run, "predicted_latency_s", 1, "{:,.0f}")])
     return markdown_table(["changed", "peak GiB", "host GiB", "s a step"], rows)
@@ -298,7 +298,7 @@ def scaling(runs: Sequence[Record]) -> str:
     found = pd.DataFrame({"key": keys, "count": [r.processes for r in runs], "record": runs})
     found = found.drop_duplicates(["key", "count"], keep="last")  # of two alike, the later
     several = [dict(zip(own["count"], own["record"])) for _, own in found.groupby("key") if own["count"].max() > 1]
-    counts = sorted({1, 2, 4, 8}.union(*several))
+    counts = sorted(set().union(*several))
     rows = [_scaling_row(own, counts) for own in sorted(several, key=lambda o: evidence.table_order(o[min(o)]))]
     columns = [("peak GiB", counts), ("tokens/s", counts), ("efficiency", counts[1:])]
     of_counts = [f"{what}, {n} GPU{'s' * (n > 1)}" for what, numbers in columns for n in numbers]
@@ -308,7 +308,7 @@ def scaling(runs: Sequence[Record]) -> str:
 
 def _scaling_row(own: dict[int, Record], counts: Sequence[int]) -> list[str]:
     rates = {n: run.throughput_tokens_per_s for n, run in own.items() if run.status == "ok"}
-    efficiencies = [f"{rates[n] / (n * rates[1]):.0%}" if {1, n} <= rates.keys() else "" for n in counts[1:]]
+    efficiencies = [f"{evidence.efficiency(own[n], own[1]):.0%}" if {1, n} <= rates.keys() else "" for n in counts[1:]]
     figures = [peak(own.get(n), absent="") for n in counts], [f"{rates[n]:,.0f}" if n in rates else "" for n in counts]
     return [*_offload_cell(own[min(own)], "world_size"), *itertools.chain(*figures), *efficiencies]
 
