@@ -68,10 +68,10 @@ def _needed_with(config: RunConfig, shape: PretrainedConfig, attention_kept: int
 
 
 def host_bytes_needed(config: OffloadConfig, model_config: PretrainedConfig) -> int:
-    """Host memory that the whole job takes with everything offloaded, within 5 % of the records under doc/data/.
+    """Host memory that the whole job takes with everything offloaded.
 
-    But for one, 7 % below what four ranks took under the original's settings. The same as a dry run's, which counts
-    every tensor, but at once.
+    Within 6 % of the records under doc/data/; of four ranks under the original's settings, 7 % too low. The same as a
+    dry run's, which counts every tensor, but at once.
     """
     layer, rest = parameter_counts(model_config)
     layers = layer * model_config.num_hidden_layers

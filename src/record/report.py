@@ -176,7 +176,7 @@ def _figures(record: Record) -> str:
         rows.append(("Host memory peak", format_bytes(record.predicted_host_bytes), f"{share} for each GPU"))
     if record.losses is not None:
         rows.append(("Loss", _number(record.loss), "last timed step"))
-    if record.grad_norm is not None:  # no step that lets gradients go early has it, nor a run without that step
+    if record.grad_norm is not None:  # missing if gradients go before a step ends, or --phases 0
         rows.append(("Gradient norm", _number(record.grad_norm), "one more step"))
     return aligned_table(rows, "lrl")
 
