@@ -21,7 +21,7 @@ from src.record import save
 from src.study import answers
 from src.study.answers import MANY_TOKENS, REPEATS
 from src.utils import GIB, UsageError
-from tests.helpers import PROCESS_SPREAD, assert_one_error_line
+from tests.helpers import assert_one_error_line, near_host_peak
 from tests.made_up import ALL, NO_FLCE, NONE, failed, inferred, made_up, out_of_memory, predicted
 
 ORIGINAL = {"config": OffloadConfig, "gpu": H100.name, **PRESETS["original"]}
@@ -235,8 +235,7 @@ def test_host_memory_of_long_sequences_is_near_what_was_measured():
     told = [(p, r) for p, r in evidence.predictions(long.measured()) if evidence.host_error(p, r) is not None]
     assert told
     for prediction, run in told:
-        near = pytest.approx(run.host_peak_bytes, rel=0.05, abs=PROCESS_SPREAD)
-        assert prediction.predicted_host_bytes == near, run.run_name
+        assert prediction.predicted_host_bytes == near_host_peak(run), run.run_name
 
 
 def test_times_that_predictions_are_compared_with_are_those_of_enough_steps():

@@ -23,7 +23,7 @@ from src.predict.dry_run import FakeRuntime, predict
 from src.predict.fake_machine import FakeMachine
 from src.record import load
 from src.utils import GIB, MIB, UsageError
-from tests.helpers import HUGGING_FACE, PROCESS_SPREAD, ROOT, assert_one_error_line, run_python, write_llama_folder
+from tests.helpers import HUGGING_FACE, ROOT, assert_one_error_line, near_host_peak, run_python, write_llama_folder
 from tests.test_offload import config_of, folder, in_forks  # noqa: F401 - the fixture
 
 CASES = ROOT / "tests" / "data" / "ds"
@@ -51,8 +51,7 @@ def test_committed_predictions_are_within_a_thousandth_of_every_offloaded_peak()
         if run.load_peak_bytes is not None:
             assert prediction.load_peak_bytes == pytest.approx(run.load_peak_bytes, rel=1e-5)
         if run.host_peak_bytes is not None:
-            near = pytest.approx(run.host_peak_bytes, rel=0.05, abs=PROCESS_SPREAD)
-            assert prediction.predicted_host_bytes == near, run.run_name
+            assert prediction.predicted_host_bytes == near_host_peak(run), run.run_name
 
 
 @pytest.mark.parametrize(
