@@ -241,9 +241,10 @@ def apart_in_training(a: Record, b: Record) -> float:
     return max(abs(other / own - 1) for own, other in figures)
 
 
-def efficiency(several: Record, alone: Record) -> float:
-    """The speed of several GPUs over as many times one's."""
-    return several.throughput_tokens_per_s / (several.processes * alone.throughput_tokens_per_s)
+def efficiency(several: Record, fewer: Record) -> float:
+    """The speed of each of several GPUs over that of each of fewer, or of one alone."""
+    speed, other = (run.throughput_tokens_per_s / run.processes for run in (several, fewer))
+    return speed / other
 
 
 def newest() -> str:
@@ -492,21 +493,21 @@ def _is_timed(run: Record) -> bool:
     return run.run.warmup >= 2 and run.run.iterations >= 5
 
 
+def _advised(row: Mapping[str, Any]) -> tuple[str, str, int, int]:
+    """What was asked and what was advised, at which size."""
+    return str(row["situation"]), row["choice"], row["config"]["batch_size"], row["config"]["seq_length"]
+
+
 def named_anew(rows: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The choices of `rows` that `before` does not name, or at another size."""
-
-    def named(row: Mapping[str, Any]) -> list[Any]:
-        config = row["config"]
-        return [row["situation"], row["choice"], config["batch_size"], config["seq_length"]]
-
-    known = list(map(named, before))
-    return [row for row in rows if named(row) not in known]
+    known = set(map(_advised, before))
+    return [row for row in rows if _advised(row) not in known]
 
 
 def with_earlier_times(rows: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The choices of `rows` that were not run again, each with the time that the same choice took in `before`."""
-    known = {(str(r["situation"]), r["choice"]): r["measured_s"] for r in before}
-    return [{**r, "measured_s": known[str(r["situation"]), r["choice"]]} for r in rows if r["status"] is None]
+    known = {_advised(row): row["measured_s"] for row in before}
+    return [{**row, "measured_s": known[_advised(row)]} for row in rows if row["status"] is None]
 
 
 def off(rows: Iterable[Mapping[str, Any]], guess: str, measured: str) -> list[float]:

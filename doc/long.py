@@ -31,9 +31,9 @@ def measured() -> list[Record]:
 
 def ladder() -> dict[str, tuple[Record, Record | None]]:
     """Setting -> the longest sequence that the study's model was trained on, and the next that it had no room for."""
-    found = {}
+    found, runs = {}, [run for run in measured() if run.run.model_name == RunConfig.model_name]
     for setting in SETTINGS:
-        own = [r for r in measured() if r.run.model_name == RunConfig.model_name and setting_of(r) == setting]
+        own = [run for run in runs if setting_of(run) == setting]
         if fitting := [r for r in own if r.status == "ok"]:
             beyond = [r for r in own if r.status == "oom" and r.run.seq_length > fitting[-1].run.seq_length]
             found[setting] = fitting[-1], next(iter(beyond), None)

@@ -298,7 +298,7 @@ def scaling(runs: Sequence[Record]) -> str:
     found = pd.DataFrame({"key": keys, "count": [r.processes for r in runs], "record": runs})
     found = found.drop_duplicates(["key", "count"], keep="last")  # of two alike, the later
     several = [dict(zip(own["count"], own["record"])) for _, own in found.groupby("key") if own["count"].max() > 1]
-    counts = sorted(set().union(*several))
+    counts = sorted({1}.union(*several))
     rows = [_scaling_row(own, counts) for own in sorted(several, key=lambda o: evidence.table_order(o[min(o)]))]
     columns = [("peak GiB", counts), ("tokens/s", counts), ("efficiency", counts[1:])]
     of_counts = [f"{what}, {n} GPU{'s' * (n > 1)}" for what, numbers in columns for n in numbers]

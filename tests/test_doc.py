@@ -395,6 +395,8 @@ def test_efficiency_is_relative_to_one_gpu_and_what_was_not_measured_stays_empty
     assert (row["efficiency, 2 GPUs"], more["efficiency, 2 GPUs"]) == ("141%", "")
     (row,) = by_column(tables.scaling([out_of_memory(ALL, 4, **FAST), two]))
     assert (row["peak GiB, 1 GPU"], row["tokens/s, 1 GPU"], row["efficiency, 2 GPUs"]) == ("OOM", "", "")
+    (row,) = by_column(tables.scaling([two]))
+    assert (row["peak GiB, 1 GPU"], row["efficiency, 2 GPUs"]) == ("", "")
     assert tables.scaling([one]) == ""
 
 
