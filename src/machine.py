@@ -133,6 +133,11 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
+def core_share() -> int:
+    """Cores of a process, where those of its job on this machine share them evenly."""
+    return max(1, usable_cores() // local_ranks())
+
+
 def host_peak_bytes() -> int:
     """Largest resident set of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -201,6 +206,7 @@ def environment(*, on_gpu: bool) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_count": usable_cores(),
         "machine_cpu_count": os.cpu_count(),
+        "local_ranks": local_ranks(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),

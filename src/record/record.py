@@ -47,6 +47,7 @@ class Environment(_Typed):
     cpu: str | None = None
     cpu_count: int | None = None  # cores that the process may use
     machine_cpu_count: int | None = None
+    local_ranks: int | None = None  # processes of the run on this machine, where each says it
     python: str | None = None
     torch: str | None = None
     triton: str | None = None

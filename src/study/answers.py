@@ -89,8 +89,10 @@ def gpu_name(record: Record) -> str:
 
 
 def thread_variables(record: Record) -> list[str]:
-    """The environment variables of a run that bear on its threads."""
-    return [f"{name}={value}" for name, value in record.environment.omp.items()]
+    """Variables that set a run's threads, but for the share of the cores that each of several ranks takes by itself."""
+    here, cores = record.environment.local_ranks or 1, record.environment.cpu_count or 1
+    share = {"OMP_NUM_THREADS": str(max(1, cores // here))} if here > 1 else {}
+    return [f"{name}={value}" for name, value in record.environment.omp.items() if share.get(name) != value]
 
 
 def absence(record: Record | None) -> str:
