@@ -19,6 +19,8 @@ from src.predict.allocator import CachingAllocator, Piece
 _DISPATCHING = ("torch._dynamo", "torch._compile")
 
 
+_ALONE = (object(),)  # which nothing holds but a tuple
+
 _PLAIN = (int, float, str, torch.dtype, torch.device, type(None))
 
 
@@ -105,8 +107,9 @@ def _adds_in_place(func: Callable, args: Sequence[Any]) -> bool:
 
     The engine adds the gradients that reach a node into the first one's memory if nobody else holds it, but out of
     place whenever a dispatch mode is active (torch/csrc/autograd/input_buffer.cpp). It calls from C++, so the nearest
-    Python frame is the one that started it; a tensor that only it holds has the use counts below in here. A gradient
-    that a hook keeps in Python shows the same counts and is taken to be free; the study's step has no such hook.
+    Python frame is the one that started it; a tensor that only it holds has the counts below in here. One that Python
+    holds as well has a reference more: a full backward hook, as DeepSpeed's, keeps the gradient of what a layer
+    returned until the layer's backward pass has ended.
     """
     if func is not torch.ops.aten.add.Tensor or torch.is_grad_enabled():
         return False
@@ -116,4 +119,5 @@ def _adds_in_place(func: Callable, args: Sequence[Any]) -> bool:
     if caller.f_code.co_name != "_engine_run_backward":
         return False
     first = args[0]
-    return first._use_count() == 4 and torch._C._storage_Use_Count(first.untyped_storage()._cdata) == 2
+    references = sys.getrefcount(first) - sys.getrefcount(_ALONE[0])  # beside those of a tuple: the engine's, `first`
+    return (first._use_count(), torch._C._storage_Use_Count(first.untyped_storage()._cdata), references) == (4, 2, 2)
