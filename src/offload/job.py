@@ -89,10 +89,15 @@ def process(pid: int) -> Process | None:
     return Process(pid, int(fields[1]), fields[0], os.waitstatus_to_exitcode(int(fields[49])))
 
 
+def processes(pids: Iterable[int]) -> dict[int, Process]:
+    """What the system says of each that there is, by pid."""
+    return {pid: found for pid in pids if (found := process(pid)) is not None}
+
+
 def descendants(ancestor: int) -> dict[int, Process]:
     """Every process below `ancestor`, in whatever session, by pid."""
     names = [name for name in os.listdir("/proc") if name.isdigit()] if os.path.isdir("/proc") else []
-    every = [found for found in map(process, map(int, names)) if found is not None]
+    every = processes(map(int, names)).values()
     below, parents = {}, {ancestor}
     while parents:
         children = {p.pid: p for p in every if p.parent in parents and p.pid not in below}

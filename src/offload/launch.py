@@ -13,6 +13,7 @@ Standard library only, and no process is forked after anything else was imported
 """
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from src.offload.kept_record import keep
 from src.utils import ExitStatus, UsageError, error_line
 
 _TICK_S = 0.1  # DeepSpeed's launcher looks once a second; this one sees how a rank ended before it is gone
+_LOOK_S = 1  # between looks at every process of the machine: of 540, ten looks a second took 15 % of a core
 _SETTLE_S = 10  # in which the launcher's own status tells what the rank's does not
 _ENDING_S = 15  # in which the launcher ends the other ranks of one that has told why it failed
 _LAST_S = 600  # in which every rank ends after the first; it may have a trace to write
@@ -98,21 +100,25 @@ class _Supervisor:
 
     def _wait(self) -> Cause | int:
         """What ends the job, or the status with which the launcher has ended it."""
+        processes, looked = {}, -math.inf
         while True:
             heard = signal.sigtimedwait(self._heard, _TICK_S)
             if heard is not None and (number := heard.si_signo) in _INTERRUPTS:
                 text = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
                 return Cause(text, 128 + number, "Interrupted")
-            processes = self._look()
+            if heard is not None or time.monotonic() - looked >= _LOOK_S:
+                processes, looked = self._look(), time.monotonic()
+            else:
+                processes = self._look({*processes, *(note["pid"] for note in self._job.ranks().values())})
             outcome = self._fallen() or self._standing_still(processes) or self._waiting()
             if outcome is None and self._launcher_status is not None:
                 outcome = self._after_launcher()
             if outcome is not None:
                 return outcome
 
-    def _look(self) -> dict[int, job.Process]:
-        """Every process of the job that has not ended, by pid; notes how others did."""
-        found = job.descendants(os.getpid())
+    def _look(self, among: Iterable[int] | None = None) -> dict[int, job.Process]:
+        """Every process of the job that has not ended, or each `among` them, by pid; notes how others did."""
+        found = job.descendants(os.getpid()) if among is None else job.processes(among)
         self._codes |= {p.pid: p.exit_code for p in found.values() if p.has_ended}
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
