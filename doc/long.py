@@ -1,5 +1,6 @@
 """Long sequences: what was measured of them, and what was predicted of those that were not."""
 
+import dataclasses
 import functools
 
 from doc import evidence
@@ -52,6 +53,18 @@ def largest() -> dict[tuple[str, int], Record]:
     records = evidence.folder("predicted_long/largest").records
     own = [r for r in records if r.run.model_name == RunConfig.model_name]
     return {(setting_of(r), r.run.attention_kept): r for r in own}
+
+
+def offloaded() -> list[Record]:
+    """The runs of long sequences under ZeRO-3, which has weights and states on the host."""
+    runs = evidence.offloaded_runs()
+    return [run for run in runs if run.run.preset == "longest" and run.status == "ok"]
+
+
+def alike(first: Record, other: Record) -> bool:
+    """Whether two runs differ in their numbers of steps alone."""
+    steps = {"iterations": 1, "warmup": 1}
+    return dataclasses.replace(first.run, **steps) == dataclasses.replace(other.run, **steps)
 
 
 def changes(run: Record) -> list[str]:

@@ -308,9 +308,14 @@ def scaling(runs: Sequence[Record]) -> str:
 
 def _scaling_row(own: dict[int, Record], counts: Sequence[int]) -> list[str]:
     rates = {n: run.throughput_tokens_per_s for n, run in own.items() if run.status == "ok"}
-    efficiencies = [f"{evidence.efficiency(own[n], own[1]):.0%}" if {1, n} <= rates.keys() else "" for n in counts[1:]]
+    efficiencies = [_efficiency(own[n], own[1]) if {1, n} <= rates.keys() else "" for n in counts[1:]]
     figures = [peak(own.get(n), absent="") for n in counts], [f"{rates[n]:,.0f}" if n in rates else "" for n in counts]
     return [*_offload_cell(own[min(own)], "world_size"), *itertools.chain(*figures), *efficiencies]
+
+
+def _efficiency(several: Record, one: Record) -> str:
+    """With a star if each of several ranks had threads for all cores, as before they shared them."""
+    return f"{evidence.efficiency(several, one):.0%}{'*' if several.environment.local_ranks is None else ''}"
 
 
 def levers(runs: Sequence[Record]) -> str:

@@ -136,14 +136,21 @@ def test_readme_says_of_long_sequences_and_of_several_gpus_what_the_documents_sa
     assert set(figures) <= known
     efficiencies = defaultdict(list)
     for row in by_column((ROOT / "doc" / "scaling.md").read_text()):
+        preset = row["preset, and what differs from it"].split(",")[0]
         for count in (2, 4):
             if figure := row[f"efficiency, {count} GPUs"]:
-                efficiencies[row["preset, and what differs from it"].split(",")[0], count].append(int(figure[:-1]))
-    two, four, original = (
-        f"{min(own)} to {max(own)} %" for own in map(efficiencies.pop, [("fast", 2), ("fast", 4), ("original", 2)])
-    )
+                before = preset == "original" and figure.endswith("*")
+                efficiencies[preset, count, before].append(int(figure.partition("%")[0]))
+    told = [
+        ("fast", 2, False),
+        ("fast", 4, False),
+        ("original", 2, False),
+        ("original", 4, False),
+        ("original", 2, True),
+    ]
+    two, four, *original = (f"{min(own)} to {max(own)} %" for own in map(efficiencies.pop, told))
     assert f"fast two GPUs reach {two} of twice one's speed, four {four} of four times one's" in text
-    assert f"under the original's two {original}:" in text
+    assert "under the original's two {}, four {}, and two {} before".format(*original) in text
     assert not efficiencies
 
 
@@ -398,6 +405,16 @@ def test_efficiency_is_relative_to_one_gpu_and_what_was_not_measured_stays_empty
     (row,) = by_column(tables.scaling([two]))
     assert (row["peak GiB, 1 GPU"], row["efficiency, 2 GPUs"]) == ("", "")
     assert tables.scaling([one]) == ""
+
+
+def test_share_of_the_cores_is_no_setting_and_runs_without_one_have_a_star():
+    def two(threads, **own):
+        omp = {"OMP_NUM_THREADS": threads} if threads else {}
+        return made_up(ALL, 4, world_size=2, **FAST, environment={"cpu_count": 32, "omp": omp} | own)
+
+    one = made_up(ALL, 4, **FAST)
+    for run, efficiency in ((two("16"), "100%"), (two("32"), ""), (two(None, local_ranks=None), "100%*")):
+        assert by_column(tables.scaling([one, run]))[0]["efficiency, 2 GPUs"] == efficiency
 
 
 def test_cells_measured_twice_are_compared_by_their_number_of_tokens():
