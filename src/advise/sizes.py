@@ -11,9 +11,7 @@ from src.advise.levers import CHECKPOINTING, IN_BACKWARD, MLP_TILES, ON_HOST, Ch
 from src.advise.outcomes import Evaluate, Outcome
 from src.advise.request import Request
 from src.advise.search import kernels_of, told, trial_of
-from src.config import MAX_TOKENS
-from src.model_utils import load_model_config
-from src.predict.frontier import GRANULARITY
+from src.predict.frontier import GRANULARITY, largest_size
 
 FAR = 64  # times the given size
 ROUNDS = 4  # of two sizes each, for the choice that reaches furthest
@@ -90,11 +88,7 @@ class SizeSearch:
 
     @property
     def _most(self) -> int:
-        base = self.request.base
-        if self.request.searched == "batch_size":
-            return MAX_TOKENS // base.seq_length
-        positions = load_model_config(base).max_position_embeddings
-        return min(positions, MAX_TOKENS // base.batch_size) // self._step * self._step
+        return largest_size(self.request.base, self.request.searched) // self._step * self._step
 
     def _rounded(self, size: float) -> int:
         return min(max(int(size) // self._step * self._step, self._step), self._most)

@@ -63,9 +63,9 @@ def fewest(fits: Callable[[int], bool], largest: int) -> int:
     return 0
 
 
-def largest_size(config: RunConfig) -> int:
-    """The bound of the search: tokens that can be counted, and for sequences the model's positions."""
-    if config.find_max == "batch_size":
+def largest_size(config: RunConfig, searched: str) -> int:
+    """The bound of a search: tokens that can be counted, and for sequences the model's positions."""
+    if searched == "batch_size":
         return MAX_TOKENS // config.seq_length
     positions = load_model_config(dataclasses.replace(config, pretrained=False)).max_position_embeddings
     return min(positions, MAX_TOKENS // config.batch_size)
@@ -73,8 +73,7 @@ def largest_size(config: RunConfig) -> int:
 
 def fills_positions(config: RunConfig) -> bool:
     """Whether its sequences are as long as the model's positions allow, to within a step of the search."""
-    longest = largest_size(dataclasses.replace(config, find_max="seq_length"))
-    return config.seq_length + GRANULARITY["seq_length"] > longest
+    return config.seq_length + GRANULARITY["seq_length"] > largest_size(config, "seq_length")
 
 
 def predicted_frontier(
@@ -100,7 +99,7 @@ def predicted_frontier(
         size = fewest(fits, MOST_GPUS)
     else:
         roughly = config.searched == "seq_length"
-        size = search(fits, GRANULARITY[config.searched], largest_size(config), roughly=roughly)
+        size = search(fits, GRANULARITY[config.searched], largest_size(config, config.searched), roughly=roughly)
     return size, predictions.get(size)
 
 
@@ -128,7 +127,7 @@ def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], ex
 
     size = max(expected, granularity)
     if runs(size):
-        while size + granularity <= largest_size(config) and runs(size + granularity):
+        while size + granularity <= largest_size(config, config.find_max) and runs(size + granularity):
             size += granularity
         return size
     size -= granularity
