@@ -17,20 +17,9 @@ forward pass, so it counts in the next step's time; every timed step has exactly
 """
 
 from src.cli import command_line
-from src.offload_config import OffloadConfig
+from src.offload_config import CPU_DEFAULTS, OffloadConfig
 
 DEFAULTS = OffloadConfig()
-
-# Without a GPU: what Triton's interpreter can run in a minute or two.
-CPU_DEFAULTS = {
-    "model_name": "tiny-llama",
-    "batch_size": 2,
-    "seq_length": 32,
-    "iterations": 2,
-    "warmup": 1,
-    "dtype": "fp32",
-    "optimizer_states": "fp32",
-}
 
 if __name__ == "__main__":  # before PyTorch is imported: --help does not wait, and Triton learns whether to interpret
     COMMAND = command_line(__doc__, DEFAULTS, CPU_DEFAULTS)

@@ -40,6 +40,7 @@ python -m src.offload.variables run_ds.sh || exit
 
 plans= # what only predicts needs no launcher: one process simulates one of NUM_GPUS ranks
 for word in "$@"; do
+    case "$word" in --help | -h) exec python deepspeed_liger_kernel.py --help ;; esac
     [[ ! "$word" =~ ^--(dry_run|find_max|find_min)(=|$) || "$word" == --dry_run=0 ]] || plans=1
 done
 [ -z "$plans" ] || [ -z "$HOSTFILE" ] || refuse "a dry run takes no HOSTFILE: NUM_GPUS are the GPUs of all machines"
@@ -77,7 +78,7 @@ if [ -n "$HOSTFILE" ]; then
     fi
 fi
 
-if [ -n "$plans" ] || python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+if [ -n "$plans" ] || python -c "import sys; from src import machine; sys.exit(not machine.has_gpu())"; then
     device=cuda model=meta-llama/Llama-3.2-1B-Instruct length=1024 iterations=5
 else # a size for Triton's interpreter
     export DS_ACCELERATOR=cpu TRITON_INTERPRET=1
@@ -116,34 +117,34 @@ ENABLE_LIGER_FLCE=${ENABLE_LIGER_FLCE:-$ENABLE_FLCE}
 [ "$ENABLE_FLCE" = "$ENABLE_LIGER_FLCE" ] ||
     refuse "ENABLE_FLCE=$ENABLE_FLCE, but ENABLE_LIGER_FLCE=$ENABLE_LIGER_FLCE: set one of them"
 
-if [ -n "$plans" ]; then
-    command=(python deepspeed_liger_kernel.py --num_gpus "$NUM_GPUS")
-else
-    command=(python -m src.offload.launch "${launcher[@]}" --module src.offload.rank deepspeed_liger_kernel.py)
-    command+=(--device "$device")
-fi
-
-exec "${command[@]}" \
-    --model_name "$MODEL_NAME" \
-    ${PRESET:+--preset "$PRESET"} \
-    --fp16_loss_scale_window "$FP16_LOSS_SCALE_WINDOW" \
-    --fp16_initial_scale_power "$FP16_INITIAL_SCALE_POWER" \
-    --fp16_hysteresis "$FP16_HYSTERESIS" \
-    ${REDUCE_BUCKET_SIZE:+--reduce_bucket_size "$REDUCE_BUCKET_SIZE"} \
-    ${SUB_GROUP_SIZE:+--sub_group_size "$SUB_GROUP_SIZE"} \
-    --gradient_clipping "$GRADIENT_CLIPPING" \
-    ${PER_DEVICE_TRAIN_BATCH_SIZE:+--per_device_train_batch_size "$PER_DEVICE_TRAIN_BATCH_SIZE"} \
-    --num_train_iterations "$NUM_TRAIN_ITERATIONS" \
-    --gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS" \
-    --max_seq_len "$MAX_SEQ_LENGTH" \
-    --learning_rate "$LEARNING_RATE" \
-    --weight_decay "$WEIGHT_DECAY" \
-    --beta_0 "$BETA_0" \
-    --beta_1 "$BETA_1" \
-    --step_per_print "$STEP_PER_PRINT" \
-    --seed "$SEED" \
-    --enable_liger_rope "$ENABLE_LIGER_ROPE" \
-    --enable_liger_swiglu "$ENABLE_LIGER_SWIGLU" \
-    --enable_liger_rms "$ENABLE_LIGER_RMS" \
-    --enable_liger_flce "$ENABLE_FLCE" \
+arguments=(
+    --model_name "$MODEL_NAME"
+    ${PRESET:+--preset "$PRESET"}
+    --fp16_loss_scale_window "$FP16_LOSS_SCALE_WINDOW"
+    --fp16_initial_scale_power "$FP16_INITIAL_SCALE_POWER"
+    --fp16_hysteresis "$FP16_HYSTERESIS"
+    ${REDUCE_BUCKET_SIZE:+--reduce_bucket_size "$REDUCE_BUCKET_SIZE"}
+    ${SUB_GROUP_SIZE:+--sub_group_size "$SUB_GROUP_SIZE"}
+    --gradient_clipping "$GRADIENT_CLIPPING"
+    ${PER_DEVICE_TRAIN_BATCH_SIZE:+--per_device_train_batch_size "$PER_DEVICE_TRAIN_BATCH_SIZE"}
+    --num_train_iterations "$NUM_TRAIN_ITERATIONS"
+    --gradient_accumulation_steps "$GRADIENT_ACCUMULATION_STEPS"
+    --max_seq_len "$MAX_SEQ_LENGTH"
+    --learning_rate "$LEARNING_RATE"
+    --weight_decay "$WEIGHT_DECAY"
+    --beta_0 "$BETA_0"
+    --beta_1 "$BETA_1"
+    --step_per_print "$STEP_PER_PRINT"
+    --seed "$SEED"
+    --enable_liger_rope "$ENABLE_LIGER_ROPE"
+    --enable_liger_swiglu "$ENABLE_LIGER_SWIGLU"
+    --enable_liger_rms "$ENABLE_LIGER_RMS"
+    --enable_liger_flce "$ENABLE_FLCE"
     "$@"
+)
+if [ -n "$plans" ]; then
+    exec python deepspeed_liger_kernel.py --num_gpus "$NUM_GPUS" "${arguments[@]}"
+fi
+arguments=(--device "$device" "${arguments[@]}")
+python -m src.offload.arguments "${arguments[@]}" || exit
+exec python -m src.offload.launch "${launcher[@]}" --module src.offload.rank deepspeed_liger_kernel.py "${arguments[@]}"

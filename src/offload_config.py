@@ -36,6 +36,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Without a GPU: what Triton's interpreter can run in a minute or two.
+CPU_DEFAULTS = {
+    "model_name": "tiny-llama",
+    "batch_size": 2,
+    "seq_length": 32,
+    "iterations": 2,
+    "warmup": 1,
+    "dtype": "fp32",
+    "optimizer_states": "fp32",
+}
 
 _ORIGINAL = PRESETS["original"]
 _DECAY = (0, 1 - 1e-9)

@@ -155,3 +155,18 @@ def test_bad_variable_of_the_shell_script_is_one_line(tmp_path, settings, text):
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert_one_error_line(done.stderr, text)
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [("--help", 0, "--sub_group_size"), ("--seq_length many", 2, "invalid int value: 'many'")],
+)
+def test_shell_script_helps_and_refuses_before_anything_loads_torch(tmp_path, words, status, text):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('loaded')")
+    (tmp_path / "torch" / "version.py").write_text("cuda = None")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(["bash", ROOT / "run_ds.sh", *words.split()], env=environment, capture_output=True, text=True)
+    assert done.returncode == status
+    assert text in (done.stderr if status else done.stdout)
+    assert "loaded" not in done.stderr
