@@ -146,5 +146,5 @@ if [ -n "$plans" ]; then
     exec python deepspeed_liger_kernel.py --num_gpus "$NUM_GPUS" "${arguments[@]}"
 fi
 arguments=(--device "$device" "${arguments[@]}")
-python -m src.offload.arguments "${arguments[@]}" || exit
+python -m src.cli "${arguments[@]}" || exit # bad ones are told now, not after DeepSpeed's launcher has started
 exec python -m src.offload.launch "${launcher[@]}" --module src.offload.rank deepspeed_liger_kernel.py "${arguments[@]}"

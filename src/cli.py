@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from src import families, machine, overrides, program, techniques
 from src.config import RunConfig
 from src.offload import ranks
-from src.offload_config import OffloadConfig
+from src.offload_config import CPU_DEFAULTS, OffloadConfig
 from src.techniques import KERNEL_NAMES, TECHNIQUES
 from src.utils import ExitStatus, UsageError
 
@@ -200,3 +200,7 @@ def _comes_from_another_rank(error: BaseException) -> bool:
     places = [frame.filename for frame in traceback.extract_tb(error.__traceback__)[-3:]]
     in_collective = any("torch/distributed/" in place or "deepspeed/comm/" in place for place in places)
     return in_collective or isinstance(error, torch.distributed.DistError)
+
+
+if __name__ == "__main__":  # python -m src.cli ARGUMENTS: whether the offloaded script would take them
+    command_line(None, OffloadConfig(), CPU_DEFAULTS)
