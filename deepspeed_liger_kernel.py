@@ -17,12 +17,14 @@ forward pass, so it counts in the next step's time; every timed step has exactly
 """
 
 from src.cli import command_line
+from src.offload import ranks
 from src.offload_config import CPU_DEFAULTS, OffloadConfig
 
 DEFAULTS = OffloadConfig()
 
 if __name__ == "__main__":  # before PyTorch is imported: --help does not wait, and Triton learns whether to interpret
     COMMAND = command_line(__doc__, DEFAULTS, CPU_DEFAULTS)
+    ranks.share_cores()
 
 import dataclasses
 import functools
@@ -39,7 +41,7 @@ from src.ds_utils import KeptEngine, build_engine, init_distributed, shut_down
 from src.experiment import Mark, Runtime, Script, no_mark, random_batches_of_rank, set_seed
 from src.measure import measure, measure_phases
 from src.measure.devices import CudaRuntime, HostRuntime
-from src.offload import floor, ranks
+from src.offload import floor
 from src.offload.experiment import OffloadExperiment
 from src.offload.simulated import SimulatedRank, unchecked
 from src.offload.team import Ranks

@@ -241,6 +241,11 @@ def apart_in_training(a: Record, b: Record) -> float:
     return max(abs(other / own - 1) for own, other in figures)
 
 
+def beside_others(runs: Iterable[Record]) -> list[Record]:
+    """Those that had a part of their machine's cores: other GPUs of it worked beside them, with cores of their own."""
+    return [run for run in runs if (run.environment.machine_cpu_count or 0) > (run.environment.cpu_count or 0)]
+
+
 def efficiency(several: Record, fewer: Record) -> float:
     """The speed of each of several GPUs over that of each of fewer, or of one alone."""
     speed, other = (run.throughput_tokens_per_s / run.processes for run in (several, fewer))

@@ -55,12 +55,6 @@ def largest() -> dict[tuple[str, int], Record]:
     return {(setting_of(r), r.run.attention_kept): r for r in own}
 
 
-def offloaded() -> list[Record]:
-    """The runs of long sequences under ZeRO-3, which has weights and states on the host."""
-    runs = evidence.offloaded_runs()
-    return [run for run in runs if run.run.preset == "longest" and run.status == "ok"]
-
-
 def alike(first: Record, other: Record) -> bool:
     """Whether two runs differ in their numbers of steps alone."""
     steps = {"iterations": 1, "warmup": 1}

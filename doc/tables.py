@@ -315,7 +315,7 @@ def _scaling_row(own: dict[int, Record], counts: Sequence[int]) -> list[str]:
 
 def _efficiency(several: Record, one: Record) -> str:
     """With a star if each of several ranks had threads for all cores, as before they shared them."""
-    return f"{evidence.efficiency(several, one):.0%}{'*' if several.environment.local_ranks is None else ''}"
+    return f"{evidence.efficiency(several, one):.0%}{'' if 'OMP_NUM_THREADS' in several.environment.omp else '*'}"
 
 
 def levers(runs: Sequence[Record]) -> str:

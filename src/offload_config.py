@@ -106,7 +106,10 @@ class OffloadConfig(RunConfig):
         _ORIGINAL["prefetch_layers"], "decoder layers fetched ahead", tag="prefetch", bounds=(0, 2**20)
     )
     cpu_threads: int | None = option(
-        None, "threads of overlapped_cpu_adam; default: all cores but one", tag="threads", bounds=(1, 2**20)
+        None,
+        "threads of overlapped_cpu_adam; default: a rank's share of the cores but one",
+        tag="threads",
+        bounds=(1, 2**20),
     )
     ds_override: str = option(
         "{}",

@@ -24,8 +24,7 @@ def made_up(kernels, batch_size, seq_length=1024, *, config=RunConfig, gpu=GPU, 
         "status": "ok",
         "mode": "measured",
         "config": run.to_dict(),
-        "environment": {"gpu": gpu, "date": "2026-01-01T00:00:00+00:00", "local_ranks": getattr(run, "world_size", 1)}
-        | own.pop("environment", {}),
+        "environment": {"gpu": gpu, "date": "2026-01-01T00:00:00+00:00"} | own.pop("environment", {}),
     }
     if own.get("status", "ok") == "ok":
         seconds = seconds or [0.5, 0.25, 0.75, 1.0]

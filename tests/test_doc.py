@@ -127,31 +127,35 @@ def test_figures_of_the_readmes_first_page_are_in_the_report():
     assert figures <= report
 
 
-def test_readme_says_of_long_sequences_and_of_several_gpus_what_the_documents_say():
-    text = " ".join(TEXTS[-1].read_text().split())
-    paragraph = re.search(r"\*\*Long sequences\.\*\* (.*?) \[", text)[1]
+def said(path):
+    return " ".join(path.read_text().split())
+
+
+def test_readme_says_of_long_sequences_what_the_document_says():
+    paragraph = re.search(r"\*\*Long sequences\.\*\* (.*?) \[", said(TEXTS[-1]))[1]
     figures = re.findall(r"\d[\d,]*\d(?:\.\d+)?", paragraph)
     known = set(re.findall(r"\d[\d,]*\d(?:\.\d+)?", (ROOT / "doc" / "long.md").read_text()))
     assert len(figures) == 8
     assert set(figures) <= known
-    efficiencies = defaultdict(list)
+
+
+def test_readme_says_of_several_gpus_what_the_document_says():
+    text, document = said(TEXTS[-1]), said(ROOT / "doc" / "scaling.md")
+    found = defaultdict(list)
     for row in by_column((ROOT / "doc" / "scaling.md").read_text()):
         preset = row["preset, and what differs from it"].split(",")[0]
         for count in (2, 4):
             if figure := row[f"efficiency, {count} GPUs"]:
                 before = preset == "original" and figure.endswith("*")
-                efficiencies[preset, count, before].append(int(figure.partition("%")[0]))
-    told = [
-        ("fast", 2, False),
-        ("fast", 4, False),
-        ("original", 2, False),
-        ("original", 4, False),
-        ("original", 2, True),
-    ]
-    two, four, *original = (f"{min(own)} to {max(own)} %" for own in map(efficiencies.pop, told))
-    assert f"fast two GPUs reach {two} of twice one's speed, four {four} of four times one's" in text
-    assert "under the original's two {}, four {}, and two {} before".format(*original) in text
-    assert not efficiencies
+                found["before" if before else preset, count].append(int(figure.partition("%")[0]))
+    found["before", 2].append(int(re.search(r"\((\d+)% of twice one's speed there\)", document)[1]))
+    told = {what: f"{min(own)} to {max(own)} %" for what, own in found.items()}
+    assert f"two GPUs reach {told.pop(('fast', 2))} of twice one's speed, four {told.pop(('fast', 4))} of four" in text
+    fastest = re.search(r"two GPUs reach (\d+)% and four (\d+)%\.", document).groups()
+    original = f"two reach {told.pop(('original', 2))} and four {told.pop(('original', 4))}"
+    assert "{}, beside one's fastest run {} and {} %".format(original, *fastest) in text
+    assert f"two {told.pop(('before', 2))} before" in text
+    assert not told
 
 
 def test_readme_states_the_errors_of_the_predictions():
@@ -390,7 +394,12 @@ def test_best_settings_are_those_that_fit_and_predictions_stand_apart():
 
 
 def test_efficiency_is_relative_to_one_gpu_and_what_was_not_measured_stays_empty():
-    one, two, eight = (made_up(ALL, 4, world_size=n, seconds=[1 / n**0.5] * 3, **FAST) for n in (1, 2, 8))
+    def shared(n):
+        return {"cpu_count": 8 * n, "local_ranks": n, "omp": {"OMP_NUM_THREADS": "8"} if n > 1 else {}}
+
+    one, two, eight = (
+        made_up(ALL, 4, world_size=n, seconds=[1 / n**0.5] * 3, environment=shared(n), **FAST) for n in (1, 2, 8)
+    )
     later = {"date": "2026-02-02T00:00:00+00:00"}
     other = [made_up(ALL, 4, **FAST, environment=later | own) for own in ({"gpu": "H200"}, {"omp": {"OMP_X": "1"}})]
     (row,) = by_column(tables.scaling([eight, *other, two, one]))
@@ -408,12 +417,13 @@ def test_efficiency_is_relative_to_one_gpu_and_what_was_not_measured_stays_empty
 
 
 def test_share_of_the_cores_is_no_setting_and_runs_without_one_have_a_star():
-    def two(threads, **own):
+    def two(threads):
         omp = {"OMP_NUM_THREADS": threads} if threads else {}
-        return made_up(ALL, 4, world_size=2, **FAST, environment={"cpu_count": 32, "omp": omp} | own)
+        environment = {"cpu_count": 32, "local_ranks": 2, "omp": omp}
+        return made_up(ALL, 4, world_size=2, **FAST, environment=environment)
 
     one = made_up(ALL, 4, **FAST)
-    for run, efficiency in ((two("16"), "100%"), (two("32"), ""), (two(None, local_ranks=None), "100%*")):
+    for run, efficiency in ((two("16"), "100%"), (two("32"), ""), (two(None), "100%*")):
         assert by_column(tables.scaling([one, run]))[0]["efficiency, 2 GPUs"] == efficiency
 
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from src.cli import command_line, run_config
-from src.machine import usable_cores
 from src.offload_config import OffloadConfig
 from src.record import load
 from src.utils import UsageError
@@ -133,16 +132,6 @@ def start(begin, tmp_path):
         return begin([*before, sys.executable, "-c", SUPERVISOR, *FLAGS, "rank.py"], PATH=path)
 
     return start
-
-
-def test_ranks_of_a_machine_share_its_cores_unless_told_otherwise(start, tmp_path, monkeypatch):
-    code = 'Path(f"threads{me}").write_text(os.environ["OMP_NUM_THREADS"]); sys.exit(0)'
-    for told, threads in (("3", "3"), (None, str(max(1, usable_cores() // 2)))):
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        if told:
-            monkeypatch.setenv("OMP_NUM_THREADS", told)
-        assert start(code).ended() == (0, "")
-        assert [(tmp_path / f"threads{rank}").read_text() for rank in range(2)] == [threads] * 2
 
 
 # A rank ends

@@ -120,6 +120,20 @@ def test_lone_rank_says_whom_it_waits_for_and_ends(monkeypatch, capsys, rank, wh
     assert f"rank {rank}: waiting up to 1 s for {whom}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("ranks_here", "told", "threads"), [("2", None, "3"), ("8", None, "1"), ("2", "5", "5"), ("1", None, None)]
+)
+def test_ranks_of_a_machine_share_its_cores_unless_told_otherwise(monkeypatch, ranks_here, told, threads):
+    monkeypatch.setattr("src.machine.usable_cores", lambda: 6)
+    monkeypatch.setenv("LOCAL_SIZE", ranks_here)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", told or "")
+    if told is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    ranks.share_cores()
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
 KNOWN = variables.known_variables((ROOT / "run_ds.sh").read_text())
 
 

@@ -234,6 +234,9 @@ def test_stages_and_places_are_told():
     assert unchecked(config) == ["ZeRO-1", "weights on the GPU", "optimizer on the GPU", "64 GPUs"]
     other = OffloadConfig(ds_override='{"zero_optimization":{"stage3_max_live_parameters":1e9}}', find_min="num_gpus")
     assert unchecked(other) == ["more than 4 GPUs", "--ds_override's other values"]
+    long = OffloadConfig(**OffloadConfig.presets["longest"])
+    assert not unchecked(long)
+    assert len(unchecked(dataclasses.replace(long, world_size=4))) == 2
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from src.offload.kept_record import keep
 from src.utils import ExitStatus, UsageError, error_line
 
 _TICK_S = 0.1  # DeepSpeed's launcher looks once a second; this one sees how a rank ended before it is gone
-_LOOK_S = 1  # between looks at every process of the machine: of 540, ten looks a second took 15 % of a core
+_LOOK_S = 1  # between looks at every process of the machine: where there were 540, ten a second took 15 % of a core
 _SETTLE_S = 10  # in which the launcher's own status tells what the rank's does not
 _ENDING_S = 15  # in which the launcher ends the other ranks of one that has told why it failed
 _LAST_S = 600  # in which every rank ends after the first; it may have a trace to write

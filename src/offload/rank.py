@@ -17,7 +17,6 @@ import threading
 import time
 import traceback
 
-from src.machine import core_share, local_ranks
 from src.offload import job, ranks
 from src.offload.kept_record import keep
 from src.utils import ExitStatus, UsageError, error_line
@@ -47,7 +46,6 @@ def _run(script: str) -> int:
     """Run the script; what it does not tell itself is told here, such as a library that is missing."""
     try:
         ranks.check_environment()
-        _share_cores()
         runpy.run_path(script, run_name="__main__")
     except SystemExit as left:
         if isinstance(left.code, str):
@@ -66,16 +64,6 @@ def _run(script: str) -> int:
         ranks.tell(f"{ranks.name()}{type(error).__name__}: {error}")
         return ExitStatus.FAILED
     return ExitStatus.DONE
-
-
-def _share_cores() -> None:
-    """Keep OpenMP to this rank's share of the cores, unless the environment says how many threads to take.
-
-    PyTorch and DeepSpeed's Adam read it when they are loaded. Without it each rank starts as many threads as the
-    machine has cores, and those of several ranks wait for each other.
-    """
-    if local_ranks() > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(core_share()))
 
 
 def _register(here: job.Job) -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from src.machine import core_share, local_ranks
 from src.offload import job
 from src.utils import UsageError, error_line
 
@@ -47,6 +48,16 @@ def check_environment(script: str = "deepspeed") -> None:
     accelerator = os.environ.get("DS_ACCELERATOR", "")
     if accelerator not in _ACCELERATORS:
         raise UsageError(f"DS_ACCELERATOR must be cpu, cuda or unset, got {accelerator!r}")
+
+
+def share_cores() -> None:
+    """Keep OpenMP to this rank's share of the cores, unless the environment says how many threads to take.
+
+    PyTorch and DeepSpeed's Adam read it when they are loaded. Without it each of several ranks starts as many threads
+    as it may use cores, and they wait for each other: four H200s took eight times as long (doc/scaling.md).
+    """
+    if local_ranks() > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(core_share()))
 
 
 def name() -> str:

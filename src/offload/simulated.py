@@ -120,6 +120,13 @@ def unchecked(config: OffloadConfig) -> list[str]:
     found += [f"{ranks} GPUs"] if config.find_min or config.world_size > MEASURED_RANKS else []
     found += ["--ds_override's other values"] if overrides.says_more(config.ds_overrides) else []
     found += ["micro-batches"] if config.gradient_accumulation_steps > 1 else []
+    on_one = {
+        "checkpoints on the host": config.checkpoint_offload != "none",
+        "MLP or loss in pieces of tokens": bool(config.mlp_tile_tokens or config.flce_tokens),
+        "LoRA": config.lora_rank > 0,
+    }
+    if config.find_min or config.world_size > 1:
+        found += [f"{name} on several GPUs" for name, is_on in on_one.items() if is_on]
     return found if config.model_name in MEASURED_MODELS else [*found, config.model_name]
 
 
