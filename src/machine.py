@@ -133,9 +133,9 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
-def core_share() -> int:
-    """Cores of a process, where those of its job on this machine share them evenly."""
-    return max(1, usable_cores() // local_ranks())
+def core_share(ranks: int, cores: int | None = None) -> int:
+    """Cores of each of `ranks` processes that share evenly those of a machine, this one's if `cores` names no other."""
+    return max(1, (usable_cores() if cores is None else cores) // ranks)
 
 
 def host_peak_bytes() -> int:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from src.cli import command_line, run_config
+from src.machine import core_share
 from src.offload_config import OffloadConfig
 from src.record import load
 from src.utils import UsageError
@@ -275,7 +276,8 @@ GRID += ["--script=deepspeed", "--num_gpus=2", "--device=cpu"]
 
 # A grid's own process imports everything, too, and asks a fork for the machine's facts; its ranks are no forks.
 @pytest.mark.parametrize(("command", "importing"), [(["bash", f"{ROOT}/run_ds.sh"], 2), (GRID, 3)], ids=["run", "grid"])
-def test_no_rank_of_the_real_script_works_in_a_fork_after_imports(begin, tmp_path, command, importing):
+def test_no_rank_of_the_real_script_works_in_a_fork_after_imports(begin, tmp_path, monkeypatch, command, importing):
+    monkeypatch.delenv("OMP_NUM_THREADS")
     (tmp_path / "sitecustomize.py").write_text(ACCELERATOR)
     off = dict.fromkeys(["ENABLE_FLCE", "ENABLE_LIGER_ROPE", "ENABLE_LIGER_SWIGLU", "ENABLE_LIGER_RMS"], "0")
     small = {"NUM_GPUS": "2", "MAX_SEQ_LENGTH": "16", "PER_DEVICE_TRAIN_BATCH_SIZE": "1", "NUM_TRAIN_ITERATIONS": "1"}
@@ -285,7 +287,9 @@ def test_no_rank_of_the_real_script_works_in_a_fork_after_imports(begin, tmp_pat
     status, stderr = started.ended()
     assert status == 0, stderr
     (path,) = tmp_path.glob("results/*.json")
-    assert load(path).config["world_size"] == 2
+    record = load(path)
+    assert record.config["world_size"] == record.environment.local_ranks == 2
+    assert record.environment.omp == {"OMP_NUM_THREADS": str(core_share(2))}
     assert len(set((tmp_path / "touched").read_text().split())) >= importing
     assert command is GRID or not (tmp_path / "forked").exists()
 

@@ -94,6 +94,7 @@ def test_deepspeed_that_is_not_on_the_path_is_run_as_a_module(monkeypatch):
         {"WORLD_SIZE": ""},
         {"WORLD_SIZE": "0"},
         {"WORLD_SIZE": "1", "RANK": "5"},
+        {"LOCAL_SIZE": "0"},
         {"MASTER_PORT": "99999"},
         {"DS_ACCELERATOR": "garbage"},
     ],

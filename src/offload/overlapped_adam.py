@@ -21,7 +21,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch.utils.cpp_extension import load
 
-from src.machine import core_share
+from src.machine import core_share, local_ranks
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -38,7 +38,7 @@ def _kernel() -> ModuleType:
 
 def _usual_threads() -> int:
     """This rank's share of the cores, less one for the thread that launches GPU kernels."""
-    return max(1, core_share() - 1)
+    return max(1, core_share(local_ranks()) - 1)
 
 
 class FusedCpuAdam(torch.optim.Optimizer):

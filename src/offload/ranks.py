@@ -45,6 +45,8 @@ def check_environment(script: str = "deepspeed") -> None:
         raise UsageError(f"RANK={rank()} cannot be with WORLD_SIZE={size}: ranks count from 0 to WORLD_SIZE - 1")
     if size > 1 and script != "deepspeed":
         raise UsageError(f"WORLD_SIZE={size}, but this script runs on one GPU: bash run_ds.sh runs on several")
+    if 0 in (_count("LOCAL_WORLD_SIZE", 1), _count("LOCAL_SIZE", 1)):
+        raise UsageError("LOCAL_WORLD_SIZE and LOCAL_SIZE count the processes of this machine: at least 1")
     accelerator = os.environ.get("DS_ACCELERATOR", "")
     if accelerator not in _ACCELERATORS:
         raise UsageError(f"DS_ACCELERATOR must be cpu, cuda or unset, got {accelerator!r}")
@@ -57,7 +59,7 @@ def share_cores() -> None:
     as it may use cores, and they wait for each other: four H200s took eight times as long (doc/scaling.md).
     """
     if local_ranks() > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(core_share()))
+        os.environ.setdefault("OMP_NUM_THREADS", str(core_share(local_ranks())))
 
 
 def name() -> str:

@@ -18,7 +18,6 @@ from src.predict.allocator import CachingAllocator, Piece
 # Modules between an operation and a mode's __torch_dispatch__, which PyTorch wraps.
 _DISPATCHING = ("torch._dynamo", "torch._compile")
 
-
 _ALONE = (object(),)  # which nothing holds but a tuple
 
 _PLAIN = (int, float, str, torch.dtype, torch.device, type(None))

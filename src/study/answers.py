@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from src.config import RunConfig
-from src.machine import H100
+from src.machine import H100, core_share
 from src.record import Parity, Record
 from src.techniques import TECHNIQUES, TITLES
 from src.utils import file_name
@@ -91,7 +91,7 @@ def gpu_name(record: Record) -> str:
 def thread_variables(record: Record) -> list[str]:
     """Variables that set a run's threads, but for the share of the cores that each of several ranks takes by itself."""
     here, cores = record.environment.local_ranks or 1, record.environment.cpu_count or 1
-    share = {"OMP_NUM_THREADS": str(max(1, cores // here))} if here > 1 else {}
+    share = {"OMP_NUM_THREADS": str(core_share(here, cores))} if here > 1 else {}
     return [f"{name}={value}" for name, value in record.environment.omp.items() if share.get(name) != value]
 
 

@@ -109,6 +109,8 @@ def _ranks_of(config: RunConfig) -> list[dict[str, str]]:
 
     names = ("WORLD_SIZE", "LOCAL_WORLD_SIZE"), ("RANK", "LOCAL_RANK")
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **dict.fromkeys(names[0], str(count))}
+    # As `ranks.share_cores`, for which it is too late in a process that imports PyTorch first.
+    job |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(machine.core_share(count)))}
     return [job | dict.fromkeys(names[1], str(rank)) for rank in range(count)]
 
 
