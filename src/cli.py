@@ -153,8 +153,13 @@ def _flag01(text: str) -> bool:
 def warn(configs: Sequence[RunConfig]) -> None:
     """Say, a line each, what a user must know of runs before they start."""
     if ranks.is_first_here():
-        for line in dict.fromkeys(line for config in configs for line in techniques.warnings(config)):
+        for line in dict.fromkeys(line for config in configs for line in _warnings(config)):
             print("warning:", line, file=sys.stderr, flush=True)
+
+
+def _warnings(config: RunConfig) -> list[str]:
+    more = overrides.warnings(config) if isinstance(config, OffloadConfig) else []
+    return [*techniques.warnings(config), *more]
 
 
 def run(main: Callable[..., int], command: Command) -> int:

@@ -117,6 +117,20 @@ def says_more(overrides: dict[str, Any]) -> bool:
     return bool(overrides.keys() - {"zero_optimization"} or zero_section(overrides).keys() - own)
 
 
+def warnings(config: Any) -> list[str]:
+    """What an `OffloadConfig` keeps on the cpu although the override reads as if DeepSpeed kept it on the GPU.
+
+    A whole file of others' names the stage; what it does not offload, DeepSpeed would not.
+    """
+    zero = zero_section(config.ds_overrides)
+    kept = {"offload_param": config.weights_on_cpu, "offload_optimizer": config.optimizer_on_cpu}
+    names = [name for name, on_cpu in kept.items() if on_cpu and "stage" in zero and name not in zero]
+    return [
+        f'--ds_override does not name {name}, which stays on the cpu here; "{name}": null changes that'
+        for name in names
+    ]
+
+
 def check(config: Any) -> None:
     """Raises `UsageError` if the override of an `OffloadConfig` cannot be, or does not go with its other settings."""
     for refusal in _refusals(config, config.ds_overrides):
@@ -138,5 +152,7 @@ def _refusals(config: Any, overrides: dict[str, Any]) -> Iterator[str]:
     whole = zero3 and config.weights_on_cpu and config.optimizer_on_cpu
     if config.optimizer == "overlapped_cpu_adam" and not whole:
         yield "overlapped_cpu_adam, of preset fast, needs stage 3 with both on the cpu: take --preset original"
+    if config.optimizer == "overlapped_cpu_adam" and overrides.get("zero_force_ds_cpu_optimizer"):
+        yield "zero_force_ds_cpu_optimizer wants DeepSpeed's Adam, not ours of preset fast: set it to false"
     if config.optimizer_states == "bf16" and not (zero3 and config.optimizer_on_cpu):
         yield "--optimizer_states bf16 needs stage 3 and the optimizer on the cpu"

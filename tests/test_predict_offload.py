@@ -219,6 +219,29 @@ def test_what_does_not_go_together_is_refused_in_one_line(override, text):
         OffloadConfig(ds_override=overrides.normalised(json.dumps(override)))
 
 
+def test_deepspeeds_adam_is_not_forced_beside_ours():
+    forced = json.dumps({"zero_force_ds_cpu_optimizer": True})
+    assert OffloadConfig(ds_override=forced).optimizer == "deepspeed_cpu_adam"
+    with pytest.raises(UsageError, match="wants DeepSpeed's Adam"):
+        OffloadConfig(**PRESETS["fast"], ds_override=forced)
+
+
+@pytest.mark.parametrize(
+    ("zero", "kept"),
+    [
+        ({"stage": 3}, ["offload_param", "offload_optimizer"]),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, ["offload_param"]),
+        ({"stage": 2}, ["offload_optimizer"]),
+        ({"stage": 3, "offload_param": None, "offload_optimizer": None}, []),
+        ({"stage3_max_live_parameters": 1e9}, []),
+    ],
+    ids=str,
+)
+def test_what_a_file_does_not_offload_and_stays_offloaded_is_told(zero, kept):
+    told = overrides.warnings(OffloadConfig(ds_override=json.dumps({"zero_optimization": zero})))
+    assert [line.split()[4].rstrip(",") for line in told] == kept
+
+
 def test_stages_and_places_are_told():
     def told(zero):
         config = OffloadConfig(ds_override=json.dumps({"zero_optimization": zero}))
