@@ -18,7 +18,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.integrations import HfDeepSpeedConfig
 
-from src.machine import local_ranks, return_freed_memory
+from src.machine import local_ranks
 from src.model_utils import adapters_of_layer, build_model, family_of, load_model_config, parameter_counts
 from src.offload import join, ranks
 from src.offload.experiment import OffloadExperiment
@@ -201,7 +201,6 @@ def build_engine(config: OffloadConfig, device: torch.device) -> Any:
             )
     if not config.plans:
         _let_reports_through()
-        return_freed_memory()  # of weights that were made and pinned elsewhere: it would stay taken beside the engine's
     return engine
 
 

@@ -144,13 +144,6 @@ def host_peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def return_freed_memory() -> None:
-    """Give the system what this process has freed and its C library keeps for later. Of glibc; elsewhere nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
 def available_host_bytes() -> int:
     """What this process can still allocate: the machine's free memory, or less under a cgroup's limit."""
     import psutil
