@@ -20,6 +20,7 @@ def inner(words):
     count = int(words[words.index("--num_gpus") + 1])
     command = [sys.executable, "-m", *words[words.index("--module") + 1 :]]
     job = os.environ | {"WORLD_SIZE": str(count), "LOCAL_SIZE": str(count), "CROSS_RANK": "0"}
+    job["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(count)))
     job["MASTER_PORT"] = words[words.index("--master_port") + 1]
     names = ("RANK", "LOCAL_RANK")
     ranks = [subprocess.Popen(command, env=job | dict.fromkeys(names, str(rank))) for rank in range(count)]

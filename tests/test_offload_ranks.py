@@ -175,6 +175,14 @@ def test_rank_that_comes_to_its_end_speaks_for_itself_and_once(start, code, stat
     assert started.record() is None
 
 
+def test_ranks_see_the_gpus_that_were_shown_to_the_job_by_any_name(start, tmp_path, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5,7")
+    status, stderr = start("Path(f'gpus{me}').write_text(os.environ['CUDA_VISIBLE_DEVICES'])").ended()
+    assert (status, stderr) == (0, "")
+    assert [(tmp_path / f"gpus{rank}").read_text() for rank in range(2)] == ["3,GPU-5"] * 2
+
+
 def test_stopped_rank_is_not_waited_for(start):
     started = start("lost()")
     started.send(signal.SIGSTOP, "rank 1")

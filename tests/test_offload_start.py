@@ -53,17 +53,18 @@ def test_record_says_what_happened_unless_the_run_had_its_result(tmp_path, befor
 def test_a_job_takes_the_gpus_that_are_shown_to_it(monkeypatch):
     words = ["--log_level", "critical", "--num_gpus", "2", "--module", "src.offload.rank"]
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5,7")
-    assert command.on_visible_gpus(words) == [*words[:2], "--include", "localhost:3,5", *words[4:]]
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ
-    assert command.on_visible_gpus(words) == words
-    for shown, refusal in {"1": "shows 1", "GPU-1,GPU-2": "by number"}.items():
+    for shown, taken in {"3, 5,7": "3,5", "GPU-a,MIG-b": "GPU-a,MIG-b"}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
-        with pytest.raises(UsageError, match=refusal):
-            command.on_visible_gpus(words)
-        assert command.on_visible_gpus([*words, "--hostfile", "hosts"]) == [*words, "--hostfile", "hosts"]
+        assert command.take_shown_gpus([*words, "--hostfile", "hosts"]) is None
+        assert command.take_shown_gpus(words) == taken
+        assert "CUDA_VISIBLE_DEVICES" not in os.environ
+    assert command.take_shown_gpus(words) is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(UsageError, match="shows 1"):
+        command.take_shown_gpus(words)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert command.on_visible_gpus(words) == words
+    assert command.take_shown_gpus(words) is None
 
 
 def test_ports_of_two_jobs_differ_and_ranks_can_listen_there():

@@ -20,27 +20,23 @@ def launcher() -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
-def on_visible_gpus(words: Sequence[str]) -> list[str]:
-    """`words`, DeepSpeed's flags, with the GPUs that CUDA_VISIBLE_DEVICES shows in place of their number.
+def take_shown_gpus(words: Sequence[str]) -> str | None:
+    """The GPUs that CUDA_VISIBLE_DEVICES shows to a job with `words`, DeepSpeed's flags; None if it shows them all.
 
-    Told a number, DeepSpeed's launcher counts the machine's GPUs from 0, and takes those that were to be left alone.
-    The variable goes: that launcher would say that it ignores it. Raises `UsageError` if fewer are shown, or not by
-    number: it knows no other names.
+    DeepSpeed's launcher counts a machine's GPUs from 0, so it would take those that were to be left alone, and knows
+    none by name (GPU-..., MIG-...). So the variable goes here, and `src.offload.rank` sets it in each rank. Raises
+    `UsageError` if fewer are shown than asked for.
     """
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
     count = _after("--num_gpus", words)
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
     if shown == [""] or count is None or "--hostfile" in words:
-        return list(words)
+        return None
+    del os.environ["CUDA_VISIBLE_DEVICES"]
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-        return list(words)
-    if not all(name.isdecimal() for name in shown):
-        raise UsageError(f"CUDA_VISIBLE_DEVICES must list GPUs by number, got {','.join(shown)!r}")
+        return None
     if len(shown) < int(count):
         raise UsageError(f"NUM_GPUS={count}, but CUDA_VISIBLE_DEVICES={','.join(shown)} shows {len(shown)}")
-    del os.environ["CUDA_VISIBLE_DEVICES"]
-    place = words.index("--num_gpus")
-    return [*words[:place], "--include", f"localhost:{','.join(shown[: int(count)])}", *words[place + 2 :]]
+    return ",".join(shown[: int(count)])
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from src.offload import job, ranks
-from src.offload.command import launcher, on_visible_gpus, port_flags
+from src.offload.command import launcher, port_flags, take_shown_gpus
 from src.offload.endings import Cause, seen_to_fall, told_by_launcher
 from src.offload.kept_record import keep
 from src.utils import ExitStatus, UsageError, error_line
@@ -51,9 +51,11 @@ def main(words: Sequence[str]) -> int:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*heard, signal.SIGCHLD})
     try:
         ranks.check_environment()
-        words = on_visible_gpus(words)
+        gpus = take_shown_gpus(words)
         with port_flags(words) as flags, tempfile.TemporaryDirectory(prefix="offload-job-") as folder:
-            return _Supervisor(job.Job(Path(folder)), [*launcher(), *flags, *words], heard, mask).run()
+            notes = job.Job(Path(folder))
+            notes.note("gpus", gpus)
+            return _Supervisor(notes, [*launcher(), *flags, *words], heard, mask).run()
     except UsageError as error:
         error_line(error)
         return ExitStatus.BAD_ARGUMENTS
