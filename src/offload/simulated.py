@@ -34,9 +34,8 @@ from src.predict.work import NO_KERNEL, Work
 
 # Of the offloaded records under doc/data/.
 MEASURED_RANKS = 4
-MEASURED_MODELS = tuple(
-    f"meta-llama/Llama-{name}{suffix}" for name in ("3.2-1B", "3.1-8B") for suffix in ("", "-Instruct")
-)
+_LLAMAS = [f"meta-llama/Llama-{name}{suffix}" for name in ("3.2-1B", "3.1-8B") for suffix in ("", "-Instruct")]
+MEASURED_MODELS = (*_LLAMAS, "Qwen/Qwen3-0.6B")
 
 _EXCHANGES = ["all_reduce", "all_reduce_coalesced", "inference_all_reduce", "reduce", "send", "recv", "barrier"]
 _EXCHANGES += ["reduce_scatter", "reduce_scatter_tensor", "broadcast", "broadcast_object_list", "gather", "scatter"]
@@ -119,11 +118,11 @@ def unchecked(config: OffloadConfig) -> list[str]:
     ranks = f"more than {MEASURED_RANKS}" if config.find_min else config.world_size
     found += [f"{ranks} GPUs"] if config.find_min or config.world_size > MEASURED_RANKS else []
     found += ["--ds_override's other values"] if overrides.says_more(config.ds_overrides) else []
-    found += ["micro-batches"] if config.gradient_accumulation_steps > 1 else []
     on_one = {
         "checkpoints on the host": config.checkpoint_offload != "none",
         "MLP or loss in pieces of tokens": bool(config.mlp_tile_tokens or config.flce_tokens),
         "LoRA": config.lora_rank > 0,
+        "micro-batches": config.gradient_accumulation_steps > 1,
     }
     if config.find_min or config.world_size > 1:
         found += [f"{name} on several GPUs" for name, is_on in on_one.items() if is_on]
