@@ -20,11 +20,9 @@ STRATEGIES = [HUGGING_FACE, *map(kernels_only, KERNEL_NAMES), ALL_KERNELS]
 def near_host_peak(record):
     """What a prediction of the host memory of a measured run is to equal: its peak, within a few per cent.
 
-    By half a GiB differs what a process takes beside tensors; each rank of the original's settings took 0.4 to 0.8 GiB
-    more than is counted, which four of them show.
+    By half a GiB differs what a process takes beside tensors.
     """
-    part = 0.08 if record.processes == 4 and record.run.preset == "original" else 0.05
-    return pytest.approx(record.host_peak_bytes, rel=part, abs=2**29)
+    return pytest.approx(record.host_peak_bytes, rel=0.05, abs=2**29)
 
 
 def strategy_id(strategy):

@@ -23,7 +23,7 @@ from src import overrides
 from src.config import RunConfig
 from src.machine import Gpu
 from src.offload import floor
-from src.offload.host_memory import PROCESS_BYTES
+from src.offload.host_memory import PROCESS_BYTES, STEPS_BYTES
 from src.offload.many_ranks import only_own_pieces
 from src.offload_config import OffloadConfig
 from src.predict.fake_gpu import FakeGpu, aten
@@ -55,6 +55,10 @@ class SimulatedRank(FakeMachine):
         """Let everything in the block, DeepSpeed's engine too, run as this rank."""
         with _job(self, self._world_size), super().active():
             yield
+
+    def begin_steps(self) -> None:
+        """From here on the process takes more."""
+        self.host.allocate(STEPS_BYTES)
 
     def host_peak_bytes(self) -> int:
         """What the ranks of all machines take, and their processes beside the tensors."""

@@ -186,6 +186,7 @@ def _predicted(
     experiment = build(config, runtime)
     if not experiment.steps_before:
         gpu.load_peak_bytes = runtime.peak_bytes()[0]
+        gpu.begin_steps()
         # The first step makes the optimizer's state: its peak is another. A run of one step alone shows that one.
         if config.warmup + config.iterations > 1:
             experiment.step(no_mark)

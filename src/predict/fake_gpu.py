@@ -147,6 +147,9 @@ class FakeGpu(LiveMemory):
         """What a step must at least take, and what that is made of; None: nothing is offloaded, or it is not known."""
         return None
 
+    def begin_steps(self) -> None:
+        """What runs is built; its first step follows."""
+
     def begin_counting(self) -> None:
         """From now on, note what operations ask of the GPU."""
         self.works = []
