@@ -112,6 +112,7 @@ def main(config: RunConfig, planned: RunConfig | None = None) -> int:
     recorder = Recorder(config, "measured", runtime.device)
     experiment = None
     with recorder:
+        runtime.release_cache()  # of the run before, in a search
         runtime.reset_peak()
         experiment = build_experiment(config, runtime)
         recorder.add_model(experiment, runtime)
@@ -121,6 +122,7 @@ def main(config: RunConfig, planned: RunConfig | None = None) -> int:
     status = recorder.finish(experiment)
     if config.parity:
         del experiment  # three models come and go on the GPU now
+        runtime.release_cache()
         recorder.add_parity(lambda: measure_parity(config, runtime.device))
     return status
 

@@ -599,7 +599,7 @@ def study_errors() -> tuple[list[float], list[float]]:
 
 def _whatever_limit(record: Record) -> tuple[RunConfig, answers.Cell]:
     """The experiment without its memory limit: one measured under a limit is measured."""
-    config, cell = answers.experiment(record)
+    config, cell, _ = answers.experiment(record)
     return dataclasses.replace(config, memory_limit_gib=None), cell
 
 

@@ -213,7 +213,7 @@ def advised(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         limit = "all" if own["gpu_memory_gib"] is None else f"{row['limit_bytes'] / GIB:.2f}"
         sizes = f"{config['batch_size']} x {config['seq_length']}"
-        status = {"ok": "", None: "not measured", "oom": "out of memory"}[row["status"]]
+        status = {"ok": "", None: "not measured", "oom": "out of memory", "error": "failed"}[row["status"]]
         model = config["model_name"].rpartition("/")[2]
         shown.append([f"{own['goal']}, {row['rank']}", model, sizes, limit, row["choice"], *figures, status])
     return markdown_table(header, shown)

@@ -22,7 +22,7 @@ from src.machine import local_ranks
 from src.model_utils import adapters_of_layer, build_model, family_of, load_model_config, parameter_counts
 from src.offload import join, ranks
 from src.offload.experiment import OffloadExperiment
-from src.offload.host_memory import check_host_memory
+from src.offload.host_memory import check_host_memory, check_more_kept_on_host, kept_on_host_bytes
 from src.offload_config import OffloadConfig
 from src.optimizer_utils import build_offload_optimizer, build_scheduler
 from src.utils import UsageError, ceil_div, print_rank0
@@ -158,6 +158,8 @@ def _quieten() -> None:
     """Keep off the console what a user can do nothing about; other warnings pass."""
     logging.getLogger("DeepSpeed").addFilter(_is_for_users)  # the same one again changes nothing
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # ZeRO-1 and 2 look at addresses, which fake tensors have none of; what is predicted does not depend on them.
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     warnings.filterwarnings("ignore", message="barrier\\(\\): using the device under current context")
     # PyTorch counts calls of an optimizer's step(), which ours does not have.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
@@ -225,12 +227,18 @@ class KeptEngine:
 
     def __init__(self) -> None:
         self._engine: Any = None
+        self._kept_bytes = 0  # of the host, for good: what is pinned for a step is used again
 
     def __call__(self, config: OffloadConfig, device: torch.device) -> Any:
         """The engine for `config`. Raises what `build_engine` raises."""
-        if self._engine is None:
+        is_new = self._engine is None
+        if is_new:
             self._engine = build_engine(config, device)
-        load_model_config(config)  # a length that the model cannot take is refused here, too
+        shape = load_model_config(config)  # a length that the model cannot take is refused here, too
+        kept = kept_on_host_bytes(config, shape)
+        if not is_new and not config.plans:
+            check_more_kept_on_host(config, kept - self._kept_bytes)
+        self._kept_bytes = max(self._kept_bytes, kept)
         self._engine.set_train_micro_batch_size(config.batch_size)
         return self._engine
 

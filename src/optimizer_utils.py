@@ -1,6 +1,7 @@
 """The optimizers of both experiments, and the learning-rate schedule of the offloaded one."""
 
 import importlib
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,7 +30,11 @@ def build_optimizer(model: torch.nn.Module, config: RunConfig) -> torch.optim.Op
         return kind(parameters, lr=config.learning_rate, **settings)
 
     if config.optimizer_in_backward:
-        return InBackward(trained, build)
+        optimizer = InBackward(trained, build)
+        # A parameter's hook leads through the optimizer back to the parameter, by a way that Python's collector does
+        # not see: both would stay for good. The model is not on it.
+        weakref.finalize(model, optimizer.remove_hooks).atexit = False
+        return optimizer
     optimizer = build(trained)
     if config.optimizer == "adamw_cpu":
         optimizer.state = {}  # the host has it, and torchao no such attribute
@@ -52,12 +57,16 @@ class InBackward:
         build: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer],
     ) -> None:
         self._optimizers = {parameter: build([parameter]) for parameter in parameters}
-        for parameter in self._optimizers:
-            parameter.register_post_accumulate_grad_hook(self._update)
+        self._hooks = [own.register_post_accumulate_grad_hook(self._update) for own in self._optimizers]
 
     def _update(self, parameter: torch.nn.Parameter) -> None:
         self._optimizers[parameter].step()
         parameter.grad = None
+
+    def remove_hooks(self) -> None:
+        """Update no more."""
+        for hook in self._hooks:
+            hook.remove()
 
     @property
     def state(self) -> dict[torch.nn.Parameter, dict[str, Any]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from src.advise import lines, measured, outcomes
 from src.advise.levers import (
     CHECKPOINTING,
     CUDA_GRAPH,
+    EVERY_SECOND,
     LARGER_CHUNKS,
     LORA,
     MLP_CHECKPOINTING,
@@ -66,7 +68,7 @@ def measured_runs(name):
 
 
 def _experiment(config):
-    return settings(config), Cell(config.title, config.batch_size, config.seq_length)
+    return settings(config), Cell(config.title, config.batch_size, config.seq_length), False
 
 
 @pytest.mark.parametrize("name", ["roomy", "logits fill it", "few tokens"])
@@ -203,6 +205,27 @@ def test_lines_leave_nothing_for_the_trainer_to_overwrite(tmp_path):
     assert built["model"].forward.keywords == {"chunk_mem_const": 16}
 
 
+def test_trainer_checkpoints_the_layers_that_are_advised(tmp_path):
+    folder = write_llama_folder(tmp_path, num_hidden_layers=4)
+    asked = request(model_name=folder, gpu="h100", batch_size=1, seq_length=16)
+    example = dict.fromkeys(("input_ids", "labels"), torch.arange(16))
+    for lever, checkpointed in ((CHECKPOINTING, [True] * 4), (EVERY_SECOND, [True, False] * 2)):
+        code = lines.python(asked.with_settings(**Choice((lever,)).values))
+        kwargs = eval(re.search(r"gradient_checkpointing_kwargs=(.*),\n", code)[1])
+        arguments = transformers.TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            gradient_checkpointing=True,
+            gradient_checkpointing_kwargs=kwargs,
+        )
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(folder))
+        transformers.Trainer(model, arguments, train_dataset=[example]).train()
+        assert [layer.gradient_checkpointing for layer in model.model.layers] == checkpointed
+
+
 def test_lines_of_the_longest_sequences_compute_what_the_script_does(tmp_path):
     folder = write_llama_folder(tmp_path)
     transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
@@ -279,6 +302,13 @@ def test_offloaded_choice_has_no_time_but_says_what_it_takes_at_least():
     assert "not known" in row
 
 
+def test_a_model_of_few_positions_has_no_longest_sequence(tmp_path):
+    folder = write_llama_folder(tmp_path, max_position_embeddings=64)
+    asked = request(model_name=folder, gpu="h100", batch_size=1, seq_length=16, goal="longest")
+    with pytest.raises(UsageError, match="goes in steps of 128, the largest seq length is 64"):
+        SizeSearch(asked, None).run()
+
+
 def test_measured_choices_say_how_far_off_predictions_were():
     found = answer("roomy")
     record = next(iter(on_record().values()))
@@ -288,15 +318,20 @@ def test_measured_choices_say_how_far_off_predictions_were():
         ran.append(config)
         if len(ran) == 2:
             return None
+        if len(ran) == 3:
+            return record.model_copy(update={"status": "error", "latency_s": None, "peak_memory_bytes": None})
         return record.model_copy(update={"latency_s": 0.1, "peak_memory_bytes": found.pareto[0].peak_bytes})
 
     own = measured.measure_first(found, run)
-    assert len(own) == min(3, len(found.pareto))
+    assert len(own) == 3 <= len(found.pareto)
     assert not any(config.dry_run for config in ran)
+    assert {config.memory_limit_gib for config in ran} == {found.request.limit_bytes / GIB}
     assert own[0].time_error == pytest.approx(found.pareto[0].seconds / 0.1 - 1)
-    text = measured.measured_report(own)
+    text = measured.measured_report(own, record.environment.gpu)
     assert "+0.0%" in text
-    assert "(failed)" in text
+    assert text.count("(failed)") == 2
+    assert "not comparable" not in text
+    assert "the advice is for an NVIDIA X, so the times are not" in measured.measured_report(own, "NVIDIA X")
 
 
 def test_dry_runs_side_by_side_are_those_of_one_process_and_what_cannot_be_predicted_says_why():

@@ -79,6 +79,7 @@ PARITY = {"tokens": 8, "dtype": "bf16", "loss_scale": None, "reference_loss": 1.
     [
         (made_up(ALL, 4, gpu="NVIDIA X"), "not comparable in time, other machines: NVIDIA Imaginary 1000; NVIDIA X"),
         (made_up(ALL, 8), "not comparable in memory and time, other sizes"),
+        (made_up(ALL, 2, 2048), "not comparable in memory and time, other lengths"),
         (
             made_up(ALL, 4, model_name="tiny-llama"),
             "not comparable, other models: meta-llama/Llama-3.2-1B-Instruct and",
@@ -88,7 +89,7 @@ PARITY = {"tokens": 8, "dtype": "bf16", "loss_scale": None, "reference_loss": 1.
         (made_up(ALL, 4, parity=Parity(**PARITY, ratio=2.0, agrees=False)), "B †: its gradients are less exact"),
         (out_of_memory(ALL, 4), "B has no figures of its own: full"),
     ],
-    ids=["machine", "size", "model", "prediction", "interpreted", "parity", "oom"],
+    ids=["machine", "size", "length", "model", "prediction", "interpreted", "parity", "oom"],
 )
 def test_what_cannot_be_compared_is_told(b, text):
     lines = [line for line in told(made_up(NONE, 4), b) if "one run each" not in line]
@@ -104,6 +105,8 @@ def test_spread_between_runs_is_told(compare, tmp_path):
     names = {name: made_up(name, 4).run_name for name in (ALL, NONE)}
     _, stdout, _ = compare(tmp_path / "x" / f"{names[NONE]}.json", tmp_path / "y" / f"{names[ALL]}.json")
     assert "- A, ms a step: 2 runs: 240.0 to 300.0\n- B, ms a step: 2 runs: 200.0 to 250.0\n" in stdout
+    assert "no difference in time is shown" in stdout
+    _, stdout, _ = compare(tmp_path / "y" / f"{names[ALL]}.json", tmp_path / "x" / f"{names[NONE]}.json")
     assert "no difference in time is shown" in stdout
     _, stdout, _ = compare(*(tmp_path / folder / f"{names[ALL]}.json" for folder in "xy"))
     assert "the same experiment on the same machine" in stdout

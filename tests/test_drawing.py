@@ -23,6 +23,7 @@ from src.offload_config import PRESETS, OffloadConfig
 from src.record import Failure, Frontier, KernelCheck, load_all, save
 from src.record.recorder import new_record
 from src.study import answers, figures, tables
+from src.study.bars import throughput
 from src.techniques import STRATEGIES, TITLES, kernels_only
 from src.utils import GIB, error_line, quartiles
 from tests.helpers import assert_one_error_line
@@ -158,6 +159,7 @@ def test_latency_is_the_median_in_milliseconds_with_its_quartiles():
     assert bars(figure, axes) == pytest.approx({(NONE, "1"): 200, (ALL, "1"): 300, (ALL, "2"): 500})
     ends = [c.lines[2][0].get_segments()[0][:, 1] for c in axes.containers if isinstance(c, ErrorbarContainer)]
     assert [list(end) for end in ends] == [pytest.approx([150, 300])]  # what does not vary has no whiskers
+    assert throughput(found[0]) == pytest.approx((1024 / 0.2, 1024 / 0.2 - 1024 / 0.3, 1024 / 0.15 - 1024 / 0.2))
 
 
 def test_what_has_no_bar_says_why():
@@ -222,6 +224,7 @@ def test_of_several_records_of_a_run_the_best_then_the_last_counts(backwards):
 
     old, new = (record(ALL, 1, date=f"2026-0{month}-01", iterations=month) for month in (1, 2))
     assert answer(old, new) is new
+    assert answer(new, record(ALL, 1, date="2026-03-01", warmup=0)) is new
     assert answer(old, full := record(ALL, 1, absent="OOM", date="2026-03-01")) is full
     guess, failed = (record(ALL, 1, absent=why, date="2026-04-01") for why in ("OOM*", "failed"))
     assert answer(old, guess) is old
@@ -233,7 +236,8 @@ def test_predictions_stand_beside_the_runs_they_are_of():
     measured += [record(NO_FLCE, 4), record(ALL, 8, absent="OOM"), record(ALL, 1, mode="interpreted")]
     right = [predicted(NONE, 1, peak_memory_bytes=3 * GIB), predicted(ALL, 2, peak_memory_bytes=3 * GIB)]
     wrong = [predicted(NO_FLCE, 4, dtype="fp32"), predicted(NO_FLCE, 4, 512), predicted(ALL, 8), predicted(ALL, 1)]
-    named = drawn(measured + wrong + right)
+    wrong += [predicted(ALL, 2, peak_memory_bytes=GIB, warmup=0, iterations=1)]
+    named = drawn(measured + right + wrong)
     figure = named["predicted_vs_measured.png"]
     points = {point for line in figure.axes[0].lines[:4] for point in zip(*map(list, line.get_data()))}
     assert points == {(2, 3), (4, 3)}
@@ -259,6 +263,10 @@ def test_predictions_have_pictures_of_their_own_that_say_so():
     assert marks(axes, (NONE, NO_FLCE, ALL)) == {(NONE, "1"): "OOM*"}
     (room,) = {y for line in axes.lines for y in line.get_ydata()}  # what does not fit the card is told
     assert room == (H100.memory_bytes - H100.context_bytes) / GIB
+    small = [predicted(ALL, size, peak_memory_bytes=30 * GIB, gpu_memory_gib=24) for size in sizes]
+    (figure,) = drawn([r.model_copy(update={"simulated_gpu": H100.name}) for r in small]).values()
+    (room,) = {line.get_xdata()[0] for line in figure.axes[0].lines if "room" in line.get_label()}
+    assert room == 24 - H100.context_bytes / GIB
     both = drawn([*study(), *found])
     assert set(both) == {*drawn(study()), *named, "predicted_vs_measured.png"}
     for name in BATCH_FIGURES[:2]:

@@ -1,14 +1,16 @@
 """Long sequences: what is kept, in pieces or on the host, computes what plain checkpointing does, and is counted."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import all_gpu_liger_kernel as script
-from src import cli, techniques
+from src import cli, ds_utils, techniques
 from src.config import LONGEST, PRESETS, RunConfig
 from src.model_utils import build_model, load_model_config
+from src.offload import host_memory
 from src.offload.host_memory import PROCESS_BYTES, check_kept_on_host, host_bytes_needed, kept_on_host_bytes
 from src.offload_config import PRESETS as OFFLOAD_PRESETS
 from src.offload_config import OffloadConfig
@@ -106,11 +108,24 @@ def test_offloaded_runs_count_it_too():
     # Once the engine stands, the gradients' memory is pinned: what was there before that is free again.
     before = 2 * 8_030_261_248  # weights of Llama 3.1 8B
     more = host_bytes_needed(kept, shape) - host_bytes_needed(plain, shape)
-    assert more == 31 * GIB + 8 * (GIB + 16 * MIB) - before
+    assert more == 31 * GIB + 8 * (GIB + 16 * MIB) + GIB // 2 - before
     with pytest.raises(UsageError, match="blocking is for one GPU"):
         techniques.check(dataclasses.replace(plain, checkpoint_offload="blocking"))
     with pytest.raises(UsageError, match="--mlp_tile_tokens under ZeRO-3 needs whole layers"):
         techniques.check(dataclasses.replace(plain, mlp_tile_tokens=64, fetch_layers=False))
+
+
+def test_a_run_in_an_engine_that_is_kept_is_told_of_a_host_that_is_too_small(monkeypatch):
+    built = SimpleNamespace(set_train_micro_batch_size=lambda size: None)
+    monkeypatch.setattr(ds_utils, "build_engine", lambda config, device: built)
+    monkeypatch.setattr(host_memory, "available_host_bytes", lambda: GIB)
+    engine = ds_utils.KeptEngine()
+    for seq_length in (2**15, 2**14, 2**15):
+        engine(OffloadConfig(**OffloadConfig.presets["longest"] | {"device": "cuda", "seq_length": seq_length}), None)
+    longer = OffloadConfig(**OffloadConfig.presets["longest"] | {"device": "cuda", "seq_length": 2**16})
+    with pytest.raises(HostMemoryError, match=r"65,536 tokens keep .* more .* 1\.00 GiB are free"):
+        engine(longer, None)
+    engine(dataclasses.replace(longer, dry_run=True), None)
 
 
 def test_a_host_that_is_too_small_is_told_before_anything_is_built():

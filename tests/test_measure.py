@@ -237,6 +237,15 @@ def test_running_out_of_memory_gives_status_3_and_a_record_without_figures(gpu_s
     assert "Out of memory" in capsys.readouterr().out
 
 
+def test_nothing_of_a_model_that_is_updated_in_the_backward_pass_outlives_it():
+    experiment = script.build_experiment(tiny_config(optimizer_in_backward=True), HostRuntime())
+    experiment.step()
+    parameters = [weakref.ref(parameter) for parameter in experiment.model.parameters()]
+    del experiment
+    gc.collect()
+    assert not any(own() is not None for own in parameters)
+
+
 @pytest.mark.parametrize(
     ("kernels", "checkpointing"), [(HUGGING_FACE, False), (HUGGING_FACE, True), (kernels_only("swiglu"), False)]
 )

@@ -154,6 +154,11 @@ def test_floor_of_a_run_is_that_of_the_slowest_rank_or_none_if_one_is_full(model
         assert parts == pytest.approx(expected | slowest)
 
 
+def test_weights_that_stay_on_the_gpu_have_no_floor(model):
+    config = offloaded(ds_override='{"zero_optimization": {"offload_param": null}}')
+    assert floor.of_run(model, config, None) == (None, None)
+
+
 # The floor of a dry run
 
 KNOWN = OffloadRates(

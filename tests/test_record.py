@@ -415,6 +415,7 @@ def test_last_run_that_differs_in_techniques_alone_is_named_to_compare_with(conf
     older, last = keep(8, rope=True), keep(7, flce=True)
     others = [{"seq_length": 17}, {"iterations": 3}, {"dry_run": True, "mode": "predicted", "rope": True}]
     others += [{"swiglu": True, "gpu": "NVIDIA X"}, {"rms_norm": True, "status": "oom"}]
+    others += [{"flce": True, "dtype": "bf16"}, {"flce": True, "memory_limit_gib": 9.0}]
     for age_s, own in enumerate(others):
         keep(age_s, **own)
     config.record_file.with_name(config.record_file.name.replace("flceFalse", "x")).write_text("{")

@@ -416,6 +416,13 @@ def test_real_script_predicts_a_grid(run_study, tmp_path):
     assert {path.suffix for path in (tmp_path / "results").iterdir()} == {".json", ".txt"}
 
 
+def test_parity_in_a_study_of_the_offloaded_script_is_refused(run_study, tmp_path):
+    grid = ["batch_size=1", "--script", "deepspeed", "--device", "cpu", "--result_dir", str(tmp_path)]
+    status, _, stderr = run_study(*grid, "--parity", "1")
+    assert (status, list(tmp_path.iterdir())) == (2, [])
+    assert_one_error_line(stderr, "bash run_ds.sh --parity 1")
+
+
 @pytest.mark.parametrize(
     ("flags", "device"),
     [

@@ -63,7 +63,7 @@ def _run() -> int:
     if measure and found.ranked:
         from src.advise.measured import measure_first, measured_report
 
-        print(f"\n{measured_report(measure_first(found))}")
+        print(f"\n{measured_report(measure_first(found), asked.card.name)}")
     return 0 if found.ranked else 3
 
 

@@ -98,6 +98,8 @@ def _uses_functools(config: RunConfig) -> bool:
 
 def _model(config: RunConfig) -> Iterator[str]:
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[config.dtype]
+    if config.dtype == "fp16":
+        yield "# For measuring: the Trainer scales no loss of a model in fp16, whose gradients underflow. bf16 trains."
     yield f'model = AutoModelForCausalLM.from_pretrained("{config.model_name}", dtype=torch.{dtype})'
 
 
@@ -139,7 +141,8 @@ def _trainer(config: RunConfig) -> Iterator[str]:
         yield f"    liger_kernel_config={_switches(config)},"
     if config.gradient_checkpointing and (config.checkpoint_part, config.checkpoint_offload) == ("layer", "none"):
         yield "    gradient_checkpointing=True,"
-        yield '    gradient_checkpointing_kwargs={"use_reentrant": False},'
+        every = f', "every_n_layers": {config.checkpoint_every}' if config.checkpoint_every > 1 else ""
+        yield f'    gradient_checkpointing_kwargs={{"use_reentrant": False{every}}},'
     yield ")"
     yield f"trainer = Trainer(model=model, args=arguments, train_dataset=...)  # of {config.seq_length} tokens each"
 

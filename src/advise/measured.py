@@ -52,7 +52,10 @@ def run_here(config: RunConfig) -> Record | None:
         finally:
             job.end()
         if config.record_file.exists():
-            return load(config.record_file)
+            record = load(config.record_file)
+            if record.status == "error" and record.error is not None:
+                error_line(record.error.message)
+            return record
         error_line(what_happened(ending, log)[1])
         return None
 
@@ -64,19 +67,20 @@ def measure_first(advice: Advice, run: Callable[[RunConfig], Record | None] = ru
     return [Measured(outcome, run(config)) for outcome, config in zip(advice.pareto, here)]
 
 
-def measured_report(found: list[Measured]) -> str:
-    """Predicted and measured figures side by side."""
+def measured_report(found: list[Measured], card: str) -> str:
+    """Predicted and measured figures side by side, and a caution if they are not of one GPU; `card` was asked about."""
     gpus = sorted({own.record.environment.gpu for own in found if own.record is not None} - {None})
     header = ["measured here", "peak GiB", "predicted", "off", "ms a step", "predicted", "off"]
     table = aligned_table([header, *map(_row, found)], "lrrrrrr")
-    return f"{table}\n\nMeasured on: {', '.join(gpus) or 'nothing ran'}"
+    other = f"; the advice is for an {card}, so the times are not comparable" if gpus and gpus != [card] else ""
+    return f"{table}\n\nMeasured on: {', '.join(gpus) or 'nothing ran'}{other}"
 
 
 def _row(own: Measured) -> list[str]:
     record, outcome = own.record, own.outcome
     peak = None if record is None else record.peak_memory_bytes
     time = None if record is None else record.latency_s
-    status = "" if record is not None and record.status == "ok" else " (out of memory)" if record else " (failed)"
+    status = {"ok": "", "oom": " (out of memory)"}.get("" if record is None else record.status, " (failed)")
     return [
         outcome.choice.name + status,
         "" if peak is None else f"{peak / GIB:.2f}",

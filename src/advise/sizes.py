@@ -12,6 +12,7 @@ from src.advise.outcomes import Evaluate, Outcome
 from src.advise.request import Request
 from src.advise.search import kernels_of, told, trial_of
 from src.predict.frontier import GRANULARITY, largest_size
+from src.utils import UsageError
 
 FAR = 64  # times the given size
 ROUNDS = 4  # of two sizes each, for the choice that reaches furthest
@@ -31,7 +32,14 @@ class SizeSearch:
         self._found: dict[Choice, dict[int, Outcome]] = {}  # choice -> size -> outcome
 
     def run(self) -> list[Outcome]:
-        """Of each choice the outcome at the largest size that was seen to fit; of one that does not, at the given."""
+        """Of each choice the outcome at the largest size that was seen to fit; of one that does not, at the given.
+
+        Raises `UsageError` if the model takes no size that is searched.
+        """
+        if not self._most:
+            most = largest_size(self.request.base, self.request.searched)
+            what = self.request.searched.replace("_", " ")
+            raise UsageError(f"--goal {self.request.goal} goes in steps of {self._step}, the largest {what} is {most}")
         far = self._rounded(FAR * self._given)
         self._try([(choice, far) for choice in self._choices()])
         expected = {choice: self._expected(own[far]) for choice, own in self._found.items()}

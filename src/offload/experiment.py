@@ -45,7 +45,9 @@ class OffloadExperiment:
             found["optimizer_state"] += tensors_in([] if states is None else states.state)
         masters = [tensor for tensor in found["optimizer_state"] if tensor.is_leaf and tensor.grad is not None]
         found["gradient_reduction"] += [master.grad for master in masters]
-        return found | {"parameters": list(self.model.parameters())}
+        # Each weight's part, where ZeRO-3 divides them: the optimizer holds it, too, and this comes last.
+        parts = [p.ds_tensor for p in self.model.parameters() if hasattr(p, "ds_tensor")]
+        return found | {"parameters": [*self.model.parameters(), *parts]}
 
     def gradients(self) -> list[torch.Tensor]:
         """None are left when the optimizer begins: each goes to the host as it is made."""

@@ -81,10 +81,13 @@ def _never_recomputed(shape: PretrainedConfig, config: OffloadConfig) -> int:
 
 
 def of_run(model: torch.nn.Module, config: OffloadConfig, runtime: Runtime) -> tuple[float | None, dict | None]:
-    """The floor in seconds and what it is made of; None if the GPU has no room left to measure its rates.
+    """The floor in seconds and what it is made of.
 
-    Every rank calls it.
+    None where weights or optimizer states stay on the GPU, of which `work` knows nothing, or if the GPU has no room
+    left to measure its rates. Every rank calls it.
     """
+    if not (config.weights_on_cpu and config.optimizer_on_cpu):
+        return None, None
     runtime.release_cache()
     try:
         rates = measure_rates(TORCH_DTYPES[config.dtype], runtime)

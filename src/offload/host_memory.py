@@ -66,6 +66,16 @@ def check_kept_on_host(config: RunConfig, shape: PretrainedConfig) -> None:
     )
 
 
+def check_more_kept_on_host(config: OffloadConfig, more: int) -> None:
+    """Raises `HostMemoryError` if this host has not `more` bytes left for each rank, beside an engine that is built."""
+    needed, available = more * min(local_ranks(), config.world_size), available_host_bytes()
+    if needed > available:
+        raise HostMemoryError(
+            f"{config.seq_length:,} tokens keep {needed / GIB:.2f} GiB more in host memory than what ran before, and "
+            f"{available / GIB:.2f} GiB are free: take a shorter sequence"
+        )
+
+
 def _needed_with(config: RunConfig, shape: PretrainedConfig, attention_kept: int) -> int:
     return kept_on_host_bytes(dataclasses.replace(config, attention_kept=attention_kept), shape) + PROCESS_BYTES
 

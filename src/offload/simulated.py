@@ -119,8 +119,7 @@ def unchecked(config: OffloadConfig) -> list[str]:
     places = {"weights on the GPU": config.weights_on_cpu, "optimizer on the GPU": config.optimizer_on_cpu}
     found = [] if config.zero_stage == 3 else [f"ZeRO-{config.zero_stage}"]
     found += [name for name, on_cpu in places.items() if not on_cpu]
-    ranks = f"more than {MEASURED_RANKS}" if config.find_min else config.world_size
-    found += [f"{ranks} GPUs"] if config.find_min or config.world_size > MEASURED_RANKS else []
+    found += [f"{config.world_size:,} GPUs"] if config.world_size > MEASURED_RANKS else []
     found += ["--ds_override's other values"] if overrides.says_more(config.ds_overrides) else []
     on_one = {
         "checkpoints on the host": config.checkpoint_offload != "none",
@@ -128,7 +127,7 @@ def unchecked(config: OffloadConfig) -> list[str]:
         "LoRA": config.lora_rank > 0,
         "micro-batches": config.gradient_accumulation_steps > 1,
     }
-    if config.find_min or config.world_size > 1:
+    if config.world_size > 1:
         found += [f"{name} on several GPUs" for name, is_on in on_one.items() if is_on]
     return found if config.model_name in MEASURED_MODELS else [*found, config.model_name]
 

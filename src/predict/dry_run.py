@@ -325,7 +325,12 @@ class KeptDryRuns:
         self._open.close()
 
     def __call__(self, config: RunConfig, script: Script) -> int:
-        """The exit status of one run."""
+        """The exit status of one run.
+
+        What it keeps on the host stays pinned for a longer one, which would be told to take both: such runs are alone.
+        """
+        if config.checkpoint_offload != "none":
+            return main(config, script)
         if self._predicted is None:
             gpu = script.simulate(config, H100, room(config))
             gpu.allocator.strict = False

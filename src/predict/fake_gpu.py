@@ -363,7 +363,7 @@ def _attention(
     if half and attn_mask is not None:  # no record says which kernel PyTorch takes then, nor what that needs
         raise UsageError(
             "attention under a mask, as of a sliding window that a sequence fills, is not predicted in half precision "
-            "for this GPU: take a shorter --seq_length, or --attention eager"
+            "for this GPU: take a --seq_length that is no longer than the window, or a script's --attention eager"
         )
     if half:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]

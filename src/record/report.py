@@ -21,7 +21,7 @@ def report(record: Record) -> str:
         f"Liger kernels: {', '.join(config.kernels) or 'none'}; "
         f"gradient checkpointing {'on' if config.gradient_checkpointing else 'off'}",
     ]
-    if config.dtype == "fp16":
+    if config.dtype == "fp16" and record.script == "all_gpu":  # the other keeps weights and states in fp32 beside
         lines.append("fp16: through a loss scaler; its optimizer state underflows, so the loss means little")
     return "\n".join([*lines, "", summary(record)])
 
@@ -70,11 +70,16 @@ def _written(path: Path) -> float:
 
 
 def is_comparable(a: Record, b: Record) -> bool:
-    """Whether two runs tell what a technique brings: both measured, or both predicted, otherwise the same."""
-    where = [(r.mode, r.environment.gpu, r.simulated_gpu, r.run.model_name, r.processes) for r in (a, b)]
+    """Whether two runs tell what a technique brings: both measured, or both predicted, otherwise the same.
+
+    How many steps they took makes no difference.
+    """
+    where = [(r.script, r.mode, r.environment.gpu, r.simulated_gpu, r.run.model_name, r.processes) for r in (a, b)]
+    settings = [r.run.unusual(*TECHNIQUES, "iterations", "warmup") for r in (a, b)]
     sizes = [(r.run.batch_size, r.run.seq_length, r.run.gradient_accumulation_steps) for r in (a, b)]
     differs = any(getattr(a.run, name) != getattr(b.run, name) for name in TECHNIQUES)
-    return where[0] == where[1] and sizes[0] == sizes[1] and b.status == "ok" and differs
+    same = where[0] == where[1] and settings[0] == settings[1] and sizes[0] == sizes[1]
+    return same and b.status == "ok" and differs
 
 
 def summary(record: Record) -> str:

@@ -104,6 +104,8 @@ def _sweep(arguments: argparse.Namespace, flags: list[str]) -> int:
     found, left_out = grids.tasks(axes, grids.script(arguments.script), flags, arguments.num_gpus, tolerant=tolerant)
     for reason in left_out:
         print(f"left out: {reason}")
+    if arguments.script == "deepspeed" and any(task.config.parity for task in found):
+        raise UsageError("--parity: a study keeps one engine for its sizes; bash run_ds.sh --parity 1 measures it")
     warn([task.config for task in found])
     return Sweep(found, timeout_s=arguments.timeout_s, every_cell=arguments.every_cell).run()
 

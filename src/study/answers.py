@@ -163,7 +163,8 @@ def step_times(found: Iterable[Record]) -> StepTimes:
     """Seconds a step of each run of an experiment on one machine, ascending: several show the spread between runs."""
     times: StepTimes = defaultdict(list)
     for record in filter(is_measured, found):
-        if record.latency_s is not None and record.latency_s not in times[place(record)]:  # a copy is no repeat
+        is_timed = record.latency_s is not None and record.run.warmup > 0  # kernels are compiled in a first step
+        if is_timed and record.latency_s not in times[place(record)]:  # a copy is no repeat
             times[place(record)].append(record.latency_s)
     return {where: sorted(own) for where, own in times.items()}
 
@@ -213,9 +214,12 @@ def _off(parity: Parity) -> tuple[bool, float]:
     return not parity.agrees, math.inf if parity.ratio is None else parity.ratio
 
 
-def experiment(record: Record) -> tuple[RunConfig, Cell]:
-    """What a record is of, on whatever machine: the same for a prediction and the run that it is of."""
-    return settings(record.run), cell(record)
+def experiment(record: Record) -> tuple[RunConfig, Cell, bool]:
+    """What a record is of, on whatever machine: the same for a prediction and the run that it is of.
+
+    A single step makes the optimizer's states after its peak: one alone takes less memory than one of several.
+    """
+    return settings(record.run), cell(record), record.run.warmup + record.run.iterations == 1
 
 
 def study_of(record: Record) -> Setting:
@@ -249,10 +253,13 @@ def ran_under_a_limit(record: Record) -> bool:
     return isinstance(record, LimitNeverMet)
 
 
-def _worth(record: Record) -> tuple[int, str, bool]:
-    """Of several records of a cell the largest counts: a result before an inference before a failure, then the last."""
+def _worth(record: Record) -> tuple[int, bool, str, bool]:
+    """Of several records of a cell the largest counts: a result before an inference before a failure, then the last.
+
+    Before any of them one whose first step, in which kernels are compiled, stayed outside the clock.
+    """
     kind = 0 if record.status == "error" else 1 if record.mode == "inferred" else 2
-    return kind, record.environment.date, record.status == "ok"
+    return kind, record.run.warmup > 0, record.environment.date, record.status == "ok"
 
 
 def distance(setting: Setting, cells: dict[Cell, Record]) -> tuple:

@@ -176,8 +176,8 @@ def set_title(
 
 def mark_card(axes: Axes, group: Sequence[Record], top: float, *, across: bool = True) -> None:
     """A line at what the simulated card has for the allocator, where a predicted peak of up to `top` GiB is more."""
-    card = GPUS.get(next((r.simulated_gpu for r in group if r.simulated_gpu), ""))
-    room = (card.memory_bytes - card.context_bytes) / GIB if card and card.memory_bytes else None
+    rooms = [_room_gib(r) for r in group if r.simulated_gpu]
+    room = rooms[0] if rooms else None  # the runs of a study share their limits
     if room is not None and top > room:
         style = {
             "color": "#b30000",
@@ -187,6 +187,16 @@ def mark_card(axes: Axes, group: Sequence[Record], top: float, *, across: bool =
         }
         line = (axes.axhline if across else axes.axvline)(room, **style)
         axes.legend(handles=[line], fontsize=8, frameon=False, loc="upper left" if across else "upper right")
+
+
+def _room_gib(predicted: Record) -> float | None:
+    """What the allocator had, as far as it is known: of the card, or what was asked for."""
+    card, config = GPUS.get(predicted.simulated_gpu), predicted.run
+    context = card.context_bytes / GIB if card else 0
+    limits = [config.memory_limit_gib, config.gpu_memory_gib and config.gpu_memory_gib - context]
+    if any(limits):
+        return min(filter(None, limits))
+    return card.memory_bytes / GIB - context if card and card.memory_bytes else None
 
 
 def plain(text: str) -> str:

@@ -142,6 +142,8 @@ def cautions(a: Record, b: Record, times: answers.StepTimes) -> list[str]:
         lines.append(f"not comparable, other models: {' and '.join(sorted(models))}")
     if len({r.answered.tokens_per_step for r in pair}) > 1:
         lines.append("not comparable in memory and time, other sizes: tokens/s alone is per token")
+    elif len({r.answered.seq_length for r in pair}) > 1:
+        lines.append("not comparable in memory and time, other lengths of the sequences: attention is more work")
     return [*lines, *_spread(a, b, times)]
 
 

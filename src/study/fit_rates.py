@@ -209,9 +209,14 @@ def _run() -> int:
     for name, run in {setting(run): run for run in [*(run for _, run in runs), *unseen]}.items():
         works[name] = predict(run.run, script.build_experiment, simulate=script.simulate).works
         print(f"simulated {name}", file=sys.stderr, flush=True)
-    # Nobody counts the step of which the host does a part.
-    runs = [(folder, run) for folder, run in runs if works[setting(run)] is not None]
-    unseen = [run for run in unseen if works[setting(run)] is not None]
+
+    # Nobody counts the step of which the host does a part, or knows how long a copy to it takes that the CPU waits for.
+    def has_time(run: Record) -> bool:
+        own = works[setting(run)]
+        return own is not None and step_time(own, FITTED) is not None
+
+    runs = [(folder, run) for folder, run in runs if has_time(run)]
+    unseen = [run for run in unseen if has_time(run) and run.environment.gpu in GPUS]
 
     def time(rates: Rates, run: Record) -> StepTime:
         return step_time(works[setting(run)], rates)
