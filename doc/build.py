@@ -42,6 +42,7 @@ from doc.evidence import ROOT
 from src.advise.request import LEFT_FREE
 from src.check import curves
 from src.machine import H100
+from src.offload import host_memory
 from src.predict import frontier
 from src.study.answers import setting_words
 from src.utils import ExitStatus, UsageError, error_line, write_atomically
@@ -101,6 +102,7 @@ def context(folder: str, command: str) -> dict[str, Any]:
         "setting_words": setting_words,
         "H100": H100,
         "frontier": frontier,
+        "host_memory": host_memory,
         "left_free": LEFT_FREE,
     }
 
