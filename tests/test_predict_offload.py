@@ -15,7 +15,7 @@ from src import overrides
 from src.measure.devices import HostRuntime
 from src.model_utils import load_model_config
 from src.offload import simulated
-from src.offload.host_memory import PROCESS_BYTES, host_bytes_needed
+from src.offload.host_memory import PROCESS_BYTES, STEPS_BYTES, host_bytes_needed
 from src.offload.simulated import SimulatedRank, unchecked
 from src.offload_config import PRESETS, OffloadConfig
 from src.predict import dry_run
@@ -136,6 +136,16 @@ def test_host_check_of_frozen_weights_asks_for_what_the_simulated_ranks_take(tmp
     fast = PRESETS["fast"] | HUGGING_FACE
     config = OffloadConfig(preset="fast", model_name=model, seq_length=32, lora_rank=4, world_size=2, **fast)
     process = 2 * PROCESS_BYTES
+    found = predict(config, script.build_experiment, simulate=SimulatedRank).host_peak_bytes - process
+    assert host_bytes_needed(config, load_model_config(config)) - process == pytest.approx(found, rel=0.05)
+
+
+def test_host_check_of_weights_on_the_gpu_asks_for_what_the_simulated_ranks_take(tmp_path):
+    sizes = {"vocab_size": 20000, "hidden_size": 256, "intermediate_size": 1000}
+    model = write_llama_folder(tmp_path, num_hidden_layers=3, num_attention_heads=8, head_dim=32, **sizes)
+    zero = json.dumps({"zero_optimization": {"offload_param": None}})
+    config = OffloadConfig(model_name=model, seq_length=32, batch_size=1, world_size=2, ds_override=zero)
+    process = 2 * (PROCESS_BYTES + STEPS_BYTES)
     found = predict(config, script.build_experiment, simulate=SimulatedRank).host_peak_bytes - process
     assert host_bytes_needed(config, load_model_config(config)) - process == pytest.approx(found, rel=0.05)
 

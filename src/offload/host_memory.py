@@ -81,9 +81,10 @@ def _needed_with(config: RunConfig, shape: PretrainedConfig, attention_kept: int
 
 
 def host_bytes_needed(config: OffloadConfig, model_config: PretrainedConfig) -> int:
-    """Host memory that the whole job takes with everything offloaded.
+    """Host memory that the whole job takes with the optimizer offloaded.
 
-    Within 6 % of the records under doc/data/. The same as a dry run's, which counts every tensor, but at once.
+    Within 6 % of the records under doc/data/, which have the weights offloaded, too. The same as a dry run's, which
+    counts every tensor, but at once; under ZeRO-1 and 2, which pin master weights and gradients instead, within 10 %.
     """
     layer, rest = parameter_counts(model_config)
     layers = layer * model_config.num_hidden_layers
@@ -93,10 +94,11 @@ def host_bytes_needed(config: OffloadConfig, model_config: PretrainedConfig) -> 
     state_width = 4 if config.optimizer_states == "fp32" else 2
     ours = config.optimizer == "overlapped_cpu_adam"
     states = (2 if ours and state_width == width else 3) * state_width * count  # moments and master weights
-    # Pinned memory is taken in powers of two: all weights, all gradients, and what the weights were made in one by one,
-    # which PyTorch keeps for later use.
-    pinned = 2 * next_power_of_two(width * count) + width * count
-    pinned += next_power_of_two(width * ceil_div(rest, config.world_size))
+    pinned = next_power_of_two(width * count)  # all gradients
+    if config.weights_on_cpu or config.zero_stage < 3:
+        # All weights, and what they were made in one by one, which PyTorch keeps for later use.
+        pinned += next_power_of_two(width * count) + width * count
+        pinned += next_power_of_two(width * ceil_div(rest, config.world_size))
     in_steps = kept_on_host_bytes(config, model_config) + (0 if config.device == "cpu" else STEPS_BYTES)
     if ours:
         passing = max(in_steps, width * count)  # or the gradients' memory, before it is pinned and any step runs
