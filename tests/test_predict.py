@@ -172,6 +172,9 @@ def test_dry_run_always_says_whether_it_fits_its_card(small, dry_runs, capsys):
     assert 0 <= record.error.largest_gap_bytes <= unused
     assert script.main(dataclasses.replace(small, dry_run=True)) == 0
     assert capsys.readouterr().out.splitlines()[-1].startswith("It fits an NVIDIA H100 80GB HBM3: 80,312.0 MiB")
+    assert script.main(dataclasses.replace(small, dry_run=True, checkpoint_offload="blocking")) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "No time is predicted: no rate is known of copies that the CPU waits for."
 
 
 def test_snapshot_read_back_gives_the_predictions_breakdown(small, dry_runs):

@@ -101,7 +101,7 @@ class SimulatedProcess(FakeMachine):
             super()._note_work(func, args, kwargs, result)
         elif "cuda" in places:
             beside = func is aten.copy_.default and (True in args[2:] or kwargs.get("non_blocking"))
-            self._append(NO_KERNEL if beside else Work("copy", "unknown"))
+            self._append(NO_KERNEL if beside else Work("copies that the CPU waits for", "unknown"))
 
     def host_peak_bytes(self) -> int:
         """What the tensors take there, and the process beside them."""

@@ -304,6 +304,9 @@ def main(config: RunConfig, script: Script, predicted: Callable[..., Prediction]
     status = recorder.finish()
     answer = "fits" if recorder.record.status == "ok" else "does NOT fit"
     print_rank0(f"\nIt {answer} {card_in_words(config)}.")
+    unknown = [work.operation for work in prediction.works or () if work.unit == "unknown"]
+    if unknown and recorder.record.status == "ok":
+        print_rank0(f"No time is predicted: no rate is known of {unknown[0]}.")
     return status
 
 
