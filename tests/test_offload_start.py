@@ -39,11 +39,13 @@ def test_record_says_what_happened_unless_the_run_had_its_result(tmp_path, befor
     assert (path.exists() and path.read_text()) == unchanged  # no draft: there was no run yet
     notes.note(
         "draft",
-        {"path": str(path), "record": made_up(NONE, 1, config=OffloadConfig, status=None).model_dump(by_alias=True)},
+        {"path": str(path), "record": made_up(NONE, 2, config=OffloadConfig, status=None).model_dump(by_alias=True)},
     )
     kept_record.keep(notes, kind, "rank 1", started)
     record = load(path)
     assert record.status == kept
+    is_draft = kept == "error" and since is None  # and no record that was there
+    assert record.run.batch_size == (2 if is_draft else 1)
     assert kept != "error" or (record.error.type, record.error.message) == (kind, "rank 1")
 
 

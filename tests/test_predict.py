@@ -214,6 +214,21 @@ def test_search_finds_what_trying_every_size_does(granularity, largest, threshol
     assert max(asked, default=0) <= max(2 * threshold, granularity)  # a size far too large is not for free either
 
 
+@pytest.mark.parametrize("threshold", [99_000, 99_456, 104_000, 100])
+def test_measured_length_is_found_in_steps_of_a_128th_or_less(small, threshold):
+    sizes, expected, step = [], 777 * 128, 4 * 128
+
+    def measure(config):
+        sizes.append(config.seq_length)
+        return 0 if config.seq_length <= threshold else 3
+
+    asked = dataclasses.replace(small, find_max="seq_length", model_name="meta-llama/Llama-3.2-1B")
+    found = measured_frontier(asked, measure, expected)
+    assert found <= threshold < (found + step if found else 128)
+    assert len(sizes) <= abs(expected - threshold) / step + 2
+    assert min(sizes) > 0
+
+
 @pytest.mark.parametrize(("expected", "threshold"), [(20, 20), (20, 22), (20, 18), (0, 3), (2, 0)])
 def test_measured_frontier_is_found_around_the_prediction(small, expected, threshold):
     ran = []

@@ -130,9 +130,9 @@ def measured_frontier(config: RunConfig, measure: Callable[[RunConfig], int], ex
         while size + granularity <= largest_size(config, config.find_max) and runs(size + granularity):
             size += granularity
         return size
-    size -= granularity
+    size = max(size - granularity, 0)
     while not runs(size):
-        size -= granularity
+        size = max(size - granularity, 0)
     return size
 
 
