@@ -46,7 +46,6 @@ from src.offload.experiment import OffloadExperiment
 from src.offload.simulated import SimulatedRank, unchecked
 from src.offload.team import Ranks
 from src.predict import dry_run, frontier
-from src.record import load
 from src.record.recorder import Recorder
 from src.utils import UsageError, keep_out_of_garbage_collection, print_rank0
 
@@ -75,14 +74,6 @@ def build_experiment(config: OffloadConfig, runtime: Runtime, build: Build = bui
     return OffloadExperiment(engine, step, engine.global_steps, engine.skipped_steps)
 
 
-def _answered(config: OffloadConfig) -> OffloadConfig:
-    """`config` with the number of GPUs that was found, where one was searched for."""
-    if not config.find_min:
-        return config
-    found = load(config.record_file).frontier
-    return dataclasses.replace(config, world_size=found.predicted or frontier.MOST_GPUS)
-
-
 def main(
     config: OffloadConfig,
     planned: OffloadConfig | None = None,
@@ -91,10 +82,7 @@ def main(
 ) -> int:
     """Run what `config` describes, with the engine that `build` makes or keeps; returns the exit status."""
     if config.plans:
-        status = frontier.main(config, SCRIPT) if config.searched else predict(config, SCRIPT)
-        if missing := unchecked(_answered(config)):
-            print_rank0(f"Not checked against a measurement: {', '.join(missing)}")
-        return status
+        return frontier.main(config, SCRIPT) if config.searched else predict(config, SCRIPT)
     ranks.check_environment()
     config = dataclasses.replace(config, world_size=ranks.world_size())
     on_gpu = config.device == "cuda"
@@ -149,6 +137,7 @@ SCRIPT = Script(
     main_for_many=main_for_many,
     simulate=SimulatedRank,
     kept_dry_runs=kept_dry_runs,
+    unchecked=unchecked,
 )
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from typing import Any, ClassVar, Self
 from urllib.parse import quote
 
 from src.families import full_size
+from src.machine import H100, Gpu
 from src.techniques import KERNEL_NAMES, TECHNIQUES, Technique, gpu_only, kernels_only, title
-from src.utils import UsageError, file_name
+from src.utils import GIB, UsageError, file_name
 
 DTYPES = ("bf16", "fp16", "fp32")
 DEVICES = ("auto", "cuda", "cpu")
@@ -313,3 +314,20 @@ def _name_part(value: Any, choices: tuple[str, ...]) -> str:
         return str(value)
     # A model: org+model reads well; "_" separates the parts of a name, so it is encoded like the rest.
     return quote(value, safe="").replace("_", "%5F").replace("%2F", "+")
+
+
+def room(config: RunConfig, card: Gpu = H100) -> int:
+    """What the allocator may reserve: all of `card` but the CUDA context, or what the run asks for, in bytes."""
+    return limit_bytes(config, card) or card.memory_bytes - card.context_bytes
+
+
+def limit_bytes(config: RunConfig, card: Gpu = H100) -> int | None:
+    """What the allocator may reserve under --gpu_memory_gib and --memory_limit_gib, None if neither is given."""
+    limits = []
+    if config.gpu_memory_gib is not None:
+        limits.append(int(config.gpu_memory_gib * GIB) - card.context_bytes)
+        if limits[0] <= 0:
+            raise UsageError(f"--gpu_memory_gib {config.gpu_memory_gib:g} has no room beside the CUDA context")
+    if config.memory_limit_gib is not None:
+        limits.append(int(config.memory_limit_gib * GIB))
+    return min(limits, default=None)

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -97,6 +97,7 @@ class Script:
     # simulate(config, card, limit_bytes) is what its dry runs run on; None: a GPU alone.
     simulate: Callable[..., Any] | None = None
     kept_dry_runs: Callable[[], Any] | None = None  # the same as `main_for_many`, of dry runs
+    unchecked: Callable[..., Sequence[str]] = lambda config: ()  # what of its prediction no measured record shows
 
 
 Build = Callable[[RunConfig, Runtime], Experiment]

@@ -151,6 +151,8 @@ def test_readme_says_of_several_gpus_what_the_document_says():
     found["before", 2].append(int(re.search(r"\((\d+)% of twice one's speed there\)", document)[1]))
     told = {what: f"{min(own)} to {max(own)} %" for what, own in found.items()}
     assert f"two GPUs reach {told.pop(('fast', 2))} of twice one's speed, four {told.pop(('fast', 4))} of four" in text
+    four, two = re.search(r"the last is (\d+)%, and two GPUs' (\d+)%", document).groups()
+    assert f"beside its fastest run {two} and {four} %" in text
     fastest = re.search(r"two GPUs reach (\d+)% and four (\d+)%\.", document).groups()
     original = f"two reach {told.pop(('original', 2))} and four {told.pop(('original', 4))}"
     assert "{}, beside one's fastest run {} and {} %".format(original, *fastest) in text

@@ -55,18 +55,24 @@ def test_record_says_what_happened_unless_the_run_had_its_result(tmp_path, befor
 def test_a_job_takes_the_gpus_that_are_shown_to_it(monkeypatch):
     words = ["--log_level", "critical", "--num_gpus", "2", "--module", "src.offload.rank"]
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    for shown, taken in {"3, 5,7": "3,5", "GPU-a,MIG-b": "GPU-a,MIG-b"}.items():
+    monkeypatch.setenv(job.GPUS_VARIABLE, "of another job")
+
+    def taken(words=words):
+        command.take_shown_gpus(words)
+        return os.environ.get(job.GPUS_VARIABLE)
+
+    for shown, expected in {"3, 5,7": "3,5", "GPU-a,MIG-b": "GPU-a,MIG-b"}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
-        assert command.take_shown_gpus([*words, "--hostfile", "hosts"]) is None
-        assert command.take_shown_gpus(words) == taken
+        assert taken([*words, "--hostfile", "hosts"]) is None
+        assert taken() == expected
         assert "CUDA_VISIBLE_DEVICES" not in os.environ
-    assert command.take_shown_gpus(words) is None
+    assert taken() is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with pytest.raises(UsageError, match="shows 1"):
-        command.take_shown_gpus(words)
+        taken()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert command.take_shown_gpus(words) is None
+    assert taken() is None
 
 
 def test_ports_of_two_jobs_differ_and_ranks_can_listen_there():

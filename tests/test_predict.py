@@ -14,14 +14,14 @@ from torch.cuda import _memory_viz
 
 import all_gpu_liger_kernel as script
 from doc import evidence
-from src.config import RunConfig
+from src.config import RunConfig, limit_bytes
 from src.explain.categories import CATEGORIES
 from src.explain.reading import read
 from src.machine import H100, Gpu, gpu_named
 from src.model_utils import build_model
 from src.predict import frontier
 from src.predict.allocator import SimulatedOutOfMemory, rounded
-from src.predict.dry_run import limit_bytes, predict
+from src.predict.dry_run import predict
 from src.predict.frontier import measured_frontier, predicted_frontier, search
 from src.record import load
 from src.utils import GIB, MIB, UsageError

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 
+from src.offload import job
 from src.utils import UsageError
 
 
@@ -20,23 +21,24 @@ def launcher() -> list[str]:
     return [sys.executable, "-m", "deepspeed.launcher.runner"]
 
 
-def take_shown_gpus(words: Sequence[str]) -> str | None:
-    """The GPUs that CUDA_VISIBLE_DEVICES shows to a job with `words`, DeepSpeed's flags; None if it shows them all.
+def take_shown_gpus(words: Sequence[str]) -> None:
+    """Keep the GPUs that CUDA_VISIBLE_DEVICES shows to a job with `words`, DeepSpeed's flags, for its ranks.
 
     DeepSpeed's launcher counts a machine's GPUs from 0, so it would take those that were to be left alone, and knows
-    none by name (GPU-..., MIG-...). So the variable goes here, and `src.offload.rank` sets it in each rank. Raises
-    `UsageError` if fewer are shown than asked for.
+    none by name (GPU-..., MIG-...). So the variable gets another name here, and `src.offload.rank` sets it in each
+    rank. Raises `UsageError` if fewer are shown than asked for.
     """
+    os.environ.pop(job.GPUS_VARIABLE, None)
     count = _after("--num_gpus", words)
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace(" ", "").split(",")
     if shown == [""] or count is None or "--hostfile" in words:
-        return None
+        return
     del os.environ["CUDA_VISIBLE_DEVICES"]
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return None
+        return
     if len(shown) < int(count):
         raise UsageError(f"NUM_GPUS={count}, but CUDA_VISIBLE_DEVICES={','.join(shown)} shows {len(shown)}")
-    return ",".join(shown[: int(count)])
+    os.environ[job.GPUS_VARIABLE] = ",".join(shown[: int(count)])
 
 
 @contextlib.contextmanager

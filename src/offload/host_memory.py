@@ -15,8 +15,8 @@ from src.utils import GIB, HostMemoryError, UsageError, ceil_div, next_power_of_
 # What a process takes besides tensors: PyTorch, CUDA's libraries, what its heap keeps. What is left of the measured
 # peaks under doc/data/ that come while building, 1.3 to 1.6 GiB, when the tensors of a simulated run are taken away.
 PROCESS_BYTES = 3 * GIB // 2
-# What it takes more from the first step on, in which CUDA loads the kernels. Three runs were watched on an H200: their
-# memory beside the tensors grew by 0.5 to 0.7 GiB. It shows where a step takes more than building did.
+# What it takes more from the first step on. Three runs were watched on an H200: their memory beside the tensors grew by
+# 0.5 to 0.7 GiB. It shows where a step takes more than building did.
 STEPS_BYTES = GIB // 2
 _CPU_PROCESS_BYTES = GIB // 2  # without CUDA's
 

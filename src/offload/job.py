@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE = "OFFLOAD_JOB"  # names the folder; ranks that pdsh starts on another machine have none
+GPUS_VARIABLE = "OFFLOAD_GPUS"  # CUDA's names of the GPUs that the ranks are to see, if the job was shown some
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,9 @@ def main(words: Sequence[str]) -> int:
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*heard, signal.SIGCHLD})
     try:
         ranks.check_environment()
-        gpus = take_shown_gpus(words)
+        take_shown_gpus(words)
         with port_flags(words) as flags, tempfile.TemporaryDirectory(prefix="offload-job-") as folder:
-            notes = job.Job(Path(folder))
-            notes.note("gpus", gpus)
-            return _Supervisor(notes, [*launcher(), *flags, *words], heard, mask).run()
+            return _Supervisor(job.Job(Path(folder)), [*launcher(), *flags, *words], heard, mask).run()
     except UsageError as error:
         error_line(error)
         return ExitStatus.BAD_ARGUMENTS

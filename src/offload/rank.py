@@ -33,8 +33,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in what runs in its background
     if here is not None:
         _register(here)
-        if gpus := here.read("gpus"):
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    if gpus := os.environ.get(job.GPUS_VARIABLE):
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus  # in place of DeepSpeed's numbers from 0
     _watch(here)
     sys.argv = sys.argv[1:]
     status = _run(sys.argv[0])

@@ -15,7 +15,7 @@ from typing import Self
 
 import torch
 
-from src.config import RunConfig
+from src.config import RunConfig, room
 from src.experiment import Build, Experiment, Mark, OutOfMemory, Script, Step, no_mark
 from src.explain.categories import CATEGORIES
 from src.explain.reading import save
@@ -31,7 +31,7 @@ from src.predict.step_time import StepTime, step_time
 from src.predict.work import Work
 from src.record import Record
 from src.record.recorder import Recorder
-from src.utils import GIB, UsageError, aligned_table, format_bytes, print_rank0
+from src.utils import aligned_table, format_bytes, print_rank0
 
 CLOSE = 0.7  # part of the memory that may be reserved, from which on a step more is simulated
 
@@ -263,28 +263,11 @@ def _without_garbage_collector() -> Iterator[None]:
             gc.enable()
 
 
-def room(config: RunConfig, card: Gpu = H100) -> int:
-    """What the allocator may reserve: all of `card` but the CUDA context, or what the run asks for, in bytes."""
-    return limit_bytes(config, card) or card.memory_bytes - card.context_bytes
-
-
 def card_in_words(config: RunConfig, card: Gpu = H100) -> str:
     """The card that a dry run is for, and what the allocator may reserve of it."""
     own = config.gpu_memory_gib is not None or config.memory_limit_gib is not None
     size = "the memory asked for" if own else f"an {card.name}"
     return f"{size}: {format_bytes(room(config, card))} for PyTorch's allocator"
-
-
-def limit_bytes(config: RunConfig, card: Gpu = H100) -> int | None:
-    """What the allocator may reserve under --gpu_memory_gib and --memory_limit_gib, None if neither is given."""
-    limits = []
-    if config.gpu_memory_gib is not None:
-        limits.append(int(config.gpu_memory_gib * GIB) - card.context_bytes)
-        if limits[0] <= 0:
-            raise UsageError(f"--gpu_memory_gib {config.gpu_memory_gib:g} has no room beside the CUDA context")
-    if config.memory_limit_gib is not None:
-        limits.append(int(config.memory_limit_gib * GIB))
-    return min(limits, default=None)
 
 
 def main(config: RunConfig, script: Script, predicted: Callable[..., Prediction] | None = None) -> int:
@@ -307,7 +290,14 @@ def main(config: RunConfig, script: Script, predicted: Callable[..., Prediction]
     unknown = [work.operation for work in prediction.works or () if work.unit == "unknown"]
     if unknown and recorder.record.status == "ok":
         print_rank0(f"No time is predicted: no rate is known of {unknown[0]}.")
+    tell_unchecked(config, script)
     return status
+
+
+def tell_unchecked(config: RunConfig, script: Script) -> None:
+    """Say what of a prediction no measured record shows."""
+    if missing := script.unchecked(config):
+        print_rank0(f"Not checked against a measurement: {', '.join(missing)}")
 
 
 class KeptDryRuns:
@@ -330,7 +320,7 @@ class KeptDryRuns:
     def __call__(self, config: RunConfig, script: Script) -> int:
         """The exit status of one run.
 
-        What it keeps on the host stays pinned for a longer one, which would be told to take both: such runs are alone.
+        One that keeps checkpoints on the host is alone: what is pinned for its size would count in the next one's.
         """
         if config.checkpoint_offload != "none":
             return main(config, script)

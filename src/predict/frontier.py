@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import torch
 
-from src.config import MAX_TOKENS, RunConfig
+from src.config import MAX_TOKENS, RunConfig, limit_bytes
 from src.experiment import Build, Script
 from src.machine import H100, Gpu, this_gpu
 from src.model_utils import load_model_config
 from src.predict.allocator import SimulatedOutOfMemory
-from src.predict.dry_run import Prediction, Simulate, limit_bytes, predict
+from src.predict.dry_run import Prediction, Simulate, predict, tell_unchecked
 from src.record import Frontier
 from src.record.recorder import Recorder
 from src.record.report import files_written, summary
@@ -167,6 +167,8 @@ def main(config: RunConfig, script: Script) -> int:
         print_rank0(f"Predicted ({card.name}): not even {easiest} fits {format_bytes(limit)} of allocator memory")
         print_rank0(summary(record))
     print_rank0(f"\n{files_written(config)}")
+    answer = record.frontier and record.frontier.predicted
+    tell_unchecked(_sized(config, answer or _easiest(config)), script)
     return record.exit_status
 
 

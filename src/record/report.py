@@ -74,12 +74,13 @@ def is_comparable(a: Record, b: Record) -> bool:
 
     How many steps they took makes no difference.
     """
-    where = [(r.script, r.mode, r.environment.gpu, r.simulated_gpu, r.run.model_name, r.processes) for r in (a, b)]
-    settings = [r.run.unusual(*TECHNIQUES, "iterations", "warmup") for r in (a, b)]
-    sizes = [(r.run.batch_size, r.run.seq_length, r.run.gradient_accumulation_steps) for r in (a, b)]
+
+    def setting(r: Record) -> tuple:
+        where = r.script, r.mode, r.environment.gpu, r.simulated_gpu, r.processes
+        return *where, r.run.batch_size, r.run.seq_length, r.run.unusual(*TECHNIQUES, "iterations", "warmup")
+
     differs = any(getattr(a.run, name) != getattr(b.run, name) for name in TECHNIQUES)
-    same = where[0] == where[1] and settings[0] == settings[1] and sizes[0] == sizes[1]
-    return same and b.status == "ok" and differs
+    return setting(a) == setting(b) and b.status == "ok" and differs
 
 
 def summary(record: Record) -> str:

@@ -254,9 +254,9 @@ def ran_under_a_limit(record: Record) -> bool:
 
 
 def _worth(record: Record) -> tuple[int, bool, str, bool]:
-    """Of several records of a cell the largest counts: a result before an inference before a failure, then the last.
+    """Of several records of a cell the largest counts: a result before an inference before a failure.
 
-    Before any of them one whose first step, in which kernels are compiled, stayed outside the clock.
+    Of several results one whose first step, in which kernels are compiled, stayed outside the clock; then the last.
     """
     kind = 0 if record.status == "error" else 1 if record.mode == "inferred" else 2
     return kind, record.run.warmup > 0, record.environment.date, record.status == "ok"

@@ -1,5 +1,6 @@
 """Bars beside each other: the study's comparisons by size. Needs no torch."""
 
+import contextlib
 import dataclasses
 import textwrap
 import warnings
@@ -11,12 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from src.config import room
 from src.machine import GPUS
 from src.record import WRONG, Record
 from src.study import answers
 from src.study.answers import Cell, absence, setting_words
 from src.techniques import TITLES
-from src.utils import GIB, printable, quartiles
+from src.utils import GIB, UsageError, printable, quartiles
 
 matplotlib.rcParams["hatch.linewidth"] = 0.4
 warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a box stands for it
@@ -190,13 +192,11 @@ def mark_card(axes: Axes, group: Sequence[Record], top: float, *, across: bool =
 
 
 def _room_gib(predicted: Record) -> float | None:
-    """What the allocator had, as far as it is known: of the card, or what was asked for."""
-    card, config = GPUS.get(predicted.simulated_gpu), predicted.run
-    context = card.context_bytes / GIB if card else 0
-    limits = [config.memory_limit_gib, config.gpu_memory_gib and config.gpu_memory_gib - context]
-    if any(limits):
-        return min(filter(None, limits))
-    return card.memory_bytes / GIB - context if card and card.memory_bytes else None
+    """What the allocator had: of the card, or what was asked for; None if nothing is known of the card."""
+    card = GPUS.get(predicted.simulated_gpu)
+    with contextlib.suppress(UsageError):  # a limit that no run can have had
+        return room(predicted.run, card) / GIB if card and card.memory_bytes else None
+    return None
 
 
 def plain(text: str) -> str:

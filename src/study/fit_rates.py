@@ -202,7 +202,7 @@ def _parsed() -> argparse.Namespace:
 def _run() -> int:
     arguments = _parsed()
     runs = [(str(folder), run) for folder in arguments.folders for run in finished(load_all([folder]))]
-    unseen = finished(load_all(arguments.unseen))
+    unseen = [run for run in finished(load_all(arguments.unseen)) if run.environment.gpu in GPUS]
     if not runs:
         raise UsageError("no measured runs of one GPU in these folders")
     script, works = grids.script("all_gpu"), {}
@@ -216,7 +216,7 @@ def _run() -> int:
         return own is not None and step_time(own, FITTED) is not None
 
     runs = [(folder, run) for folder, run in runs if has_time(run)]
-    unseen = [run for run in unseen if has_time(run) and run.environment.gpu in GPUS]
+    unseen = [run for run in unseen if has_time(run)]
 
     def time(rates: Rates, run: Record) -> StepTime:
         return step_time(works[setting(run)], rates)
