@@ -59,7 +59,7 @@ def values(outcome):
 
 def main():
     """Keep what dry runs show."""
-    found = json.loads(FILE.read_text()) if FILE.exists() else {}
+    found = json.loads(FILE.read_text()) if sys.argv[1:] else {}
     for name in sys.argv[1:] or SITUATIONS:
         asked = request(**SITUATIONS[name])
         with side_by_side(asked) as evaluate:

@@ -16,16 +16,19 @@ from src.advise.levers import (
     CHECKPOINTING,
     CUDA_GRAPH,
     EVERY_SECOND,
+    IN_BACKWARD,
     LARGER_CHUNKS,
     LORA,
-    MLP_CHECKPOINTING,
     MLP_TILES,
     OFFLOAD,
     ON_HOST,
     Choice,
+    checkpointing,
     liger,
+    mlp_checkpointing,
 )
 from src.advise.outcomes import Outcome, outcome, side_by_side
+from src.advise.partly import spacings
 from src.advise.ranking import ALIKE, advice, shipped_parities, why
 from src.advise.report import report, rows
 from src.advise.request import request
@@ -142,6 +145,43 @@ def test_search_for_a_size_ends_close_to_the_largest_after_few_dry_runs(bytes_a_
     assert len(runs) <= most
 
 
+def made_up(choice, config, room_bytes, gaps):
+    """What a choice takes, if each of 16 layers takes as much as another, and gradients come as activations go."""
+    layers = 16
+    share = -(-layers // config.checkpoint_every) / layers if config.gradient_checkpointing else 0
+    kept, again = (0.5, 0.1) if config.checkpoint_part == "mlp" else (0.02, 0.3)
+    gradients = 0.1 if config.optimizer_in_backward else 2
+    loss, seconds = {1: (0, 1.0), 16: (1, 0.9)}[config.flce_chunks] if config.flce else (10, 0.95)
+    peak = (8 + loss + max(gradients, 20 * (1 - (1 - kept) * share))) * GIB
+    parts = {"parameters": 2 * GIB, "optimizer_state": 6 * GIB, "activations": peak - 8 * GIB}
+    fits, seconds = peak * gaps <= room_bytes, seconds + again * share
+    return Outcome(choice, config, fits, int(peak), "backward", parts, seconds, "gpu")
+
+
+@pytest.mark.parametrize("gaps", [1.0, 1.08])
+@pytest.mark.parametrize("memory", [9.3, 10.8, 11.5, 13, 16, 20, 25, 30, 33, 36, 50])
+def test_no_combination_of_what_is_searched_is_faster_than_the_advice(memory, gaps):
+    asked = request(model_name=LLAMA_1B, gpu="h100", batch_size=8, seq_length=1024, gpu_memory_gib=memory)
+    runs = []
+
+    def evaluate(trials):
+        runs.extend(trials)
+        return [made_up(*trial, asked.room_bytes, gaps) for trial in trials]
+
+    found = Search(asked, evaluate).run()
+    kernels = liger(["rope", "swiglu", "rms_norm", "flce"])
+    losses = [(kernels,), (kernels, LARGER_CHUNKS), (liger(["rope", "swiglu", "rms_norm"]),)]
+    checkpoints = [(), *((lever(every),) for lever in (checkpointing, mlp_checkpointing) for every in spacings(16))]
+    every = [Choice((*own, *more, *one)) for own in losses for more in ((), (IN_BACKWARD,)) for one in checkpoints]
+    evaluated = [made_up(choice, asked.with_settings(**choice.values), asked.room_bytes, gaps) for choice in every]
+    fitting = [o.seconds for o in evaluated if o.fits]
+    best = min((o.seconds for o in found if o.fits and not o.choice.has(LORA)), default=None)
+    assert (best is None) == (not fitting)
+    if fitting:
+        assert best <= min(fitting) * (1 + ALIKE)
+    assert len(runs) <= 20
+
+
 def test_half_precision_never_takes_flces_mean_which_trains_wrongly():
     found = answer("half precision").ranked
     assert all(o.config.flce_reduction == "sum" for o in found if o.config.flce)
@@ -195,13 +235,14 @@ def test_lines_leave_nothing_for_the_trainer_to_overwrite(tmp_path):
     transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(folder)).save_pretrained(folder)
     asked = request(model_name=folder, gpu="h100", batch_size=1, seq_length=16)
     kernels = liger(["rope", "swiglu", "rms_norm", "flce"])
-    code = lines.python(asked.with_settings(**Choice((kernels, MLP_CHECKPOINTING, LARGER_CHUNKS)).values))
+    code = lines.python(asked.with_settings(**Choice((kernels, mlp_checkpointing(2), LARGER_CHUNKS)).values))
     assert "use_liger_kernel" not in code  # the Trainer would put the kernels in as it begins to train
     built: dict = {}
     exec(code.partition("arguments =")[0], built)
-    mlp = built["model"].model.layers[0].mlp
+    mlp, other = (layer.mlp for layer in built["model"].model.layers)
     assert isinstance(mlp, LigerSwiGLUMLP) or mlp.forward.args[0].__func__ is LigerSwiGLUMLP.forward
     assert mlp.forward.func is torch.utils.checkpoint.checkpoint
+    assert not hasattr(other.forward, "func")  # of one layer in two
     assert built["model"].forward.keywords == {"chunk_mem_const": 16}
 
 

@@ -22,9 +22,19 @@ class Lever:
     training: str = ""  # how it trains, where that is not what was asked for: no gain of speed makes up for it
 
 
-CHECKPOINTING = Lever("gradient checkpointing", {"gradient_checkpointing": True}, 1)
-MLP_CHECKPOINTING = Lever("checkpointing of the MLPs", {"gradient_checkpointing": True, "checkpoint_part": "mlp"}, 2)
-EVERY_SECOND = Lever("every second layer checkpointed", {"gradient_checkpointing": True, "checkpoint_every": 2}, 2)
+def checkpointing(every: int) -> Lever:
+    """One layer in so many is checkpointed."""
+    name = "gradient checkpointing" if every == 1 else f"one layer in {every} checkpointed"
+    return Lever(name, {"gradient_checkpointing": True, "checkpoint_every": every}, 1 if every == 1 else 2)
+
+
+def mlp_checkpointing(every: int) -> Lever:
+    """Of one layer in so many the MLP is checkpointed."""
+    name = "checkpointing of the MLPs" if every == 1 else f"MLP of one layer in {every} checkpointed"
+    return Lever(name, {"gradient_checkpointing": True, "checkpoint_part": "mlp", "checkpoint_every": every}, 2)
+
+
+CHECKPOINTING, MLP_CHECKPOINTING, EVERY_SECOND = checkpointing(1), mlp_checkpointing(1), checkpointing(2)
 LARGER_CHUNKS = Lever("FLCE chunks of 16 inputs", {"flce_chunks": 16}, 1)
 CHUNKED_LOSS = Lever("chunked loss in PyTorch", {"loss": "chunked", "loss_chunks": 16}, 2)
 CUDA_GRAPH = Lever("CUDA graph", {"cuda_graph": True}, 2)

@@ -31,7 +31,7 @@ _OPTIMIZERS = {
     "adafactor": "torch.optim.Adafactor([weight], lr=learning_rate)",
 }
 _MLP = """\
-for layer in model.model.layers:
+for layer in model.model.layers{spaced}:
     layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, use_reentrant=False)"""
 _IN_TILES = """\
 for layer in model.model.layers:
@@ -122,7 +122,7 @@ def _before_trainer(config: RunConfig) -> Iterator[str]:
     if config.mlp_tile_tokens:
         yield _IN_TILES.format(tokens=config.mlp_tile_tokens)
     if config.checkpoint_part == "mlp":
-        yield _MLP
+        yield _MLP.format(spaced=f"[::{config.checkpoint_every}]" if config.checkpoint_every > 1 else "")
     if config.flce_chunks > 1:
         yield f"model.forward = functools.partial(model.forward, chunk_mem_const={config.flce_chunks})"
     if config.checkpoint_offload == "overlapped":

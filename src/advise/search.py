@@ -1,5 +1,6 @@
 """Which choices are worth a dry run, round by round: what cannot help where the first ones are bound is left out."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -8,7 +9,6 @@ from src.advise.levers import (
     CHECKPOINTING,
     CHUNKED_LOSS,
     CUDA_GRAPH,
-    EVERY_SECOND,
     IN_BACKWARD,
     LARGER_CHUNKS,
     LORA,
@@ -17,13 +17,19 @@ from src.advise.levers import (
     ON_HOST,
     Choice,
     Lever,
+    checkpointing,
     liger,
+    mlp_checkpointing,
 )
 from src.advise.outcomes import Evaluate, Outcome, Trial
+from src.advise.partly import Span, worth_a_dry_run
 from src.advise.request import Request
 from src.model_utils import family_of, load_model_config
 from src.techniques import KERNEL_NAMES
 from src.utils import UsageError
+
+ROUNDS = 3  # of choices between what fits and what is faster
+LESS = 0.95  # of what a choice that was refused was expected to take: gaps between blocks are not expected
 
 
 class Search:
@@ -33,63 +39,112 @@ class Search:
         self.request, self._evaluate, self._tell = request, evaluate, tell
         self.outcomes: dict[Choice, Outcome] = {}
         self._kernels = kernels_of(request)
-        self.plain, self.liger = Choice(), Choice((liger(self._kernels),))
+        self._layers = load_model_config(request.base).num_hidden_layers
+        self.plain = Choice()
+        self._levers: tuple[Lever, ...] = (liger(self._kernels),)  # that every choice but the plain ones begins with
 
     def run(self) -> list[Outcome]:
         """What was found. Raises `UsageError` if no dry run can predict the model."""
-        self._try([self.plain, self.liger])
-        self._try(self._second_round())
-        self._try(self._third_round())
-        if not any(o.fits for o in self.outcomes.values()):
+        self._try([self.plain, self._with()])
+        self._look()
+        if self._is_tight():
+            self._begin_with(IN_BACKWARD)
+            self._look()
+        if not self._fitting:
             self._try(self._last_resorts())
         return list(self.outcomes.values())
 
-    def _second_round(self) -> list[Choice]:
-        first = self.outcomes[self.liger]
-        if not first.fits and resident_bytes(first) >= self.request.room_bytes:
-            return []  # nothing that is computed again, and no other loss, makes room for what is always there
+    @property
+    def _fitting(self) -> list[Outcome]:
+        """What fits, the fastest first."""
+        return sorted((o for o in self.outcomes.values() if o.fits), key=lambda o: o.seconds or math.inf)
+
+    def _is_tight(self) -> bool:
+        """Whether nothing fits, or nothing that is faster than to compute every layer again."""
+        if self.request.goal != "speed" or not self._fitting:
+            return not self._fitting
+        return self._fitting[0].choice.has(CHECKPOINTING)
+
+    def _look(self) -> None:
+        """Around what every choice begins with."""
+        if self._is_full(self._with()):
+            return
+        self._try(self._leaner_and_faster())
+        for _ in range(ROUNDS if self.request.goal == "speed" else 0):
+            self._try(self._partly_checkpointed())
+
+    def _begin_with(self, lever: Lever) -> None:
+        """Pull it in whatever follows, if the model can have it."""
+        self._try([self._with(lever)])
+        if self._with(lever) in self.outcomes:
+            self._levers += (lever,)
+
+    def _is_full(self, choice: Choice) -> bool:
+        """Whether what is always there is too much: nothing that is computed again, and no other loss, makes room."""
+        found = self.outcomes[choice]
+        return not found.fits and resident_bytes(found) >= self.request.room_bytes
+
+    def _leaner_and_faster(self) -> list[Choice]:
         choices = [self._with(CHECKPOINTING)]
         if not self.outcomes[self.plain].fits:
-            choices.append(Choice((CHECKPOINTING,)))  # the least change, if it is enough
-        if first.fits and self.request.goal == "speed":
-            choices += self._faster(first)
+            choices.append(Choice((*self._levers[1:], CHECKPOINTING)))  # the least change, if it is enough
+        if self.request.goal == "speed":
+            choices += self._faster()
         return [*choices, self._with(MLP_CHECKPOINTING)]
 
-    def _third_round(self) -> list[Choice]:
-        """Between what fits and what would be faster."""
-        first, fitting = self.outcomes[self.liger], [o for o in self.outcomes.values() if o.fits]
-        if self.request.goal != "speed" or first.fits or not fitting:
-            return []
-        leaner = min(fitting, key=lambda o: o.seconds or math.inf).choice
-        return [
-            self._with(EVERY_SECOND),
-            *([Choice((*leaner.levers, LARGER_CHUNKS))] if self._has_flce(leaner) else []),
-        ]
-
-    def _has_flce(self, choice: Choice) -> bool:
-        return choice.values.get("flce", False)
-
-    def _faster(self, first: Outcome) -> list[Choice]:
-        """What may be faster than Liger's kernels as they are, where they fit."""
+    def _faster(self) -> list[Choice]:
+        """What may be faster than Liger's kernels as they are."""
         choices = []
         if "flce" in self._kernels:
-            others = liger([name for name in self._kernels if name != "flce"])
-            choices = [self._with(LARGER_CHUNKS), Choice((others,))]
-            if first.bound == "launches":  # a graph does away with launches, and with nothing else
-                choices.append(Choice((others, CHUNKED_LOSS, CUDA_GRAPH)))
+            others = (liger([name for name in self._kernels if name != "flce"]), *self._levers[1:])
+            choices = [self._with(LARGER_CHUNKS), Choice(others)]
+            if self.outcomes[self._with()].bound == "launches":  # which a graph does away with, and with nothing else
+                choices.append(Choice((*others, CHUNKED_LOSS, CUDA_GRAPH)))
         return choices
+
+    def _partly_checkpointed(self) -> list[Choice]:
+        """Some of the layers checkpointed, where what would be faster than all that fits does not fit."""
+        bases = [o for o in self.outcomes.values() if self._lacks_room(o)]
+        options = [list(span.options(base)) for base in bases for span in self._spans()]
+        refused = (o.peak_bytes for o in itertools.chain(*options) if o.choice in self._refused)
+        most = LESS * min(refused, default=math.inf)
+        open_ = [[o for o in own if o.choice not in self.outcomes and o.peak_bytes < most] for own in options]
+        fastest = next((o.seconds or math.inf for o in self._fitting), math.inf)
+        return worth_a_dry_run(open_, self.request.room_bytes, fastest)
+
+    @property
+    def _refused(self) -> set[Choice]:
+        return {choice for choice, outcome in self.outcomes.items() if not outcome.fits}
+
+    def _lacks_room(self, outcome: Outcome) -> bool:
+        """Whether it has a time, and could fit with some of its layers checkpointed."""
+        if outcome.fits or outcome.seconds is None or outcome.config.gradient_checkpointing:
+            return False
+        begun = outcome.choice.levers and all(map(outcome.choice.has, self._levers[1:]))
+        return bool(begun) and not self._is_full(outcome.choice)
+
+    def _spans(self) -> list[Span]:
+        none = self.outcomes[self._with()]
+        ends = [(lever, self.outcomes.get(self._with(lever(1)))) for lever in (checkpointing, mlp_checkpointing)]
+        return [Span(lever, self._layers, none, every) for lever, every in ends if every is not None]
 
     def _last_resorts(self) -> list[Choice]:
         """Where nothing fits: with less of what is always there, at last by training otherwise."""
-        lean = [self._with(CHECKPOINTING, IN_BACKWARD), self._with(ON_HOST, IN_BACKWARD)]
-        others = [self._with(CHECKPOINTING, IN_BACKWARD, ADAFACTOR), self._with(CHECKPOINTING, LORA)]
-        return [self._with(OFFLOAD), *lean, *others]  # the one that takes longest first
+        ways = [
+            (OFFLOAD,),  # the one that takes longest first
+            (IN_BACKWARD, CHECKPOINTING),
+            (IN_BACKWARD, ON_HOST),
+            (IN_BACKWARD, CHECKPOINTING, ADAFACTOR),
+            (CHECKPOINTING, LORA),
+        ]
+        return [Choice((*self._levers[:1], *levers)) for levers in ways]
 
     def _with(self, *levers: Lever) -> Choice:
-        return Choice((*self.liger.levers, *levers))
+        return Choice((*self._levers, *levers))
 
     def _try(self, choices: Sequence[Choice]) -> None:
-        trials = [trial for choice in choices if (trial := trial_of(self.request, choice))]
+        new = [choice for choice in choices if choice not in self.outcomes]
+        trials = [trial for choice in new if (trial := trial_of(self.request, choice))]
         if not trials:
             return
         self._tell(f"dry runs: {'; '.join(choice.name for choice, _ in trials)}")
@@ -112,8 +167,10 @@ def kernels_of(request: Request) -> list[str]:
 
 
 def resident_bytes(outcome: Outcome) -> int:
-    """What is there at the end of every backward pass: weights, as many gradients, optimizer state."""
-    return 2 * outcome.breakdown["parameters"] + outcome.breakdown["optimizer_state"]
+    """What is there at the end of every backward pass: weights, states, gradients unless they go at once."""
+    weights = outcome.breakdown["parameters"]
+    gradients = 0 if outcome.config.optimizer_in_backward else weights
+    return weights + gradients + outcome.breakdown["optimizer_state"]
 
 
 def trial_of(request: Request, choice: Choice, **sizes: int) -> Trial | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from src.advise.levers import CHECKPOINTING, IN_BACKWARD, MLP_TILES, ON_HOST, Choice, liger
 from src.advise.outcomes import Evaluate, Outcome
 from src.advise.request import Request
-from src.advise.search import kernels_of, told, trial_of
+from src.advise.search import kernels_of, resident_bytes, told, trial_of
 from src.predict.frontier import GRANULARITY, largest_size
 from src.utils import UsageError
 
@@ -52,15 +52,13 @@ class SizeSearch:
 
     def _choices(self) -> list[Choice]:
         kernels = liger(kernels_of(self.request))
-        tiles = (MLP_TILES,) if self.request.searched == "seq_length" else ()
         # The one whose dry runs take longest first.
-        lean = [(ON_HOST, *tiles, IN_BACKWARD), (CHECKPOINTING, IN_BACKWARD), (CHECKPOINTING,)]
+        lean = [(ON_HOST, MLP_TILES, IN_BACKWARD), (CHECKPOINTING, IN_BACKWARD), (CHECKPOINTING,)]
         return [Choice((kernels, *levers)) for levers in lean]
 
     def _expected(self, far: Outcome) -> int:
         """About the largest size, from one far beyond it."""
-        weights, states = far.breakdown["parameters"], far.breakdown["optimizer_state"]
-        resident = weights + states + (0 if far.config.optimizer_in_backward else weights)
+        resident = resident_bytes(far)
         size = getattr(far.config, self.request.searched)
         return max(int(size * (self.request.room_bytes - resident) / max(far.peak_bytes - resident, 1)), 0)
 
