@@ -52,8 +52,9 @@ class SizeSearch:
 
     def _choices(self) -> list[Choice]:
         kernels = liger(kernels_of(self.request))
-        # The one whose dry runs take longest first.
-        lean = [(ON_HOST, MLP_TILES, IN_BACKWARD), (CHECKPOINTING, IN_BACKWARD), (CHECKPOINTING,)]
+        # The one whose dry runs take longest first. A large batch need not have large MLPs, a long sequence does.
+        whole = [(ON_HOST, IN_BACKWARD)] if self.request.searched == "batch_size" else []
+        lean = [(ON_HOST, MLP_TILES, IN_BACKWARD), *whole, (CHECKPOINTING, IN_BACKWARD), (CHECKPOINTING,)]
         return [Choice((kernels, *levers)) for levers in lean]
 
     def _expected(self, far: Outcome) -> int:
