@@ -306,3 +306,15 @@ def test_ranges_that_another_program_names_like_our_notes_do_no_harm(note):
     step.note("peak 99999", stage="END")
     found = timeline(step.snapshot())
     assert (found.known_peak_bytes, found.breakdown()["inputs"]) == (5 * MIB, 5 * MIB)
+
+
+def test_peak_is_no_less_than_what_is_there_in_the_end():
+    step = History()
+    step.alloc(512, 5 * MIB)
+    step.free(512)
+    step.alloc(2**30, 4 * MIB)
+    snapshot = step.snapshot()
+    assert timeline(snapshot).known_peak_bytes == 5 * MIB
+    (segment,) = snapshot["segments"]
+    segment["total_size"] = segment["blocks"][0]["size"] = 8 * MIB  # a block can be larger than what was asked for
+    assert timeline(snapshot).known_peak_bytes == 8 * MIB

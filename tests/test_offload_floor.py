@@ -214,6 +214,16 @@ def test_h100s_rates_are_the_medians_of_its_records():
         assert rate == pytest.approx(measured, rel=5e-3)
 
 
+def test_rate_is_of_the_shortest_of_several_runs(monkeypatch):
+    durations, now = iter([3.0, 2.0, 5.0, 2.5, 4.0, 2.25, 3.0]), [0.0]
+    monkeypatch.setattr(machine_rates, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def work():
+        now[0] += next(durations)
+
+    assert machine_rates._best_seconds(work, HostRuntime()) == 2.0
+
+
 @pytest.fixture
 def timed(monkeypatch):
     """Small measurements on the CPU, each of which takes half a second by its clock."""

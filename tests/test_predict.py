@@ -51,6 +51,34 @@ def of_record(name):
     return predicted(committed(MEASURED[name]).run)
 
 
+def test_where_memory_is_scarce_later_steps_have_to_fit_too():
+    config = RunConfig(model_name="tiny-llama", batch_size=2, seq_length=64, device="cuda")
+    reserved = predict(config, script.build_experiment).peak_reserved_bytes
+
+    def after_steps(greedy, limit_bytes, **more):
+        """How many steps were simulated, of which one wants all of the memory for itself, and whether all fitted."""
+        steps = []
+
+        def build(config, runtime):
+            experiment = script.build_experiment(config, runtime)
+
+            def step(mark):
+                steps.append(torch.empty(reserved if len(steps) == greedy else 0, dtype=torch.uint8, device="cuda"))
+                return experiment.step(mark)
+
+            return dataclasses.replace(experiment, step=step)
+
+        found = predict(config, build, limit_bytes=limit_bytes, strict=False, **more)
+        return len(steps), found.refused is None
+
+    scarce = int(1.02 * reserved)
+    assert after_steps(None, scarce) == (4, True)
+    assert after_steps(3, scarce) == (4, False)  # the one after that which is shown
+    assert after_steps(1, scarce)[1] is False
+    assert after_steps(None, scarce, steps_more=False) == (2, True)
+    assert after_steps(None, 2 * reserved) == (2, True)
+
+
 @pytest.mark.parametrize("name", MEASURED)
 def test_prediction_is_what_the_gpu_measured(name):
     prediction, record = of_record(name), committed(MEASURED[name])

@@ -158,9 +158,12 @@ def _compared(config: RunConfig) -> tuple:
 
 
 def _too_large(config: RunConfig, done: dict[str, Record]) -> str | None:
-    """The run that shows that `config` does not fit: no larger, otherwise the same, and out of memory."""
+    """The run that shows that `config` does not fit: no larger, otherwise the same, and out of memory.
+
+    The first such one in `done` was run, not inferred: it comes before whatever was inferred from it.
+    """
     for name, record in done.items():
-        if record.status != "oom" or record.mode == "inferred":
+        if record.status != "oom":
             continue
         sizes = {size: record.config[size] for size in ("batch_size", "seq_length")}
         smaller = all(size <= getattr(config, field) for field, size in sizes.items())
