@@ -42,6 +42,7 @@ class SizeSearch:
             raise UsageError(f"--goal {self.request.goal} goes in steps of {self._step}, the largest {what} is {most}")
         far = self._rounded(FAR * self._given)
         self._try([(choice, far) for choice in self._choices()])
+        self._try([(choice, far) for choice in self._in_pieces(far)])
         expected = {choice: self._expected(own[far]) for choice, own in self._found.items()}
         furthest = max(expected, key=expected.__getitem__)
         others = {choice: FIRST_GUESSES[0] * size for choice, size in expected.items() if choice != furthest}
@@ -52,10 +53,17 @@ class SizeSearch:
 
     def _choices(self) -> list[Choice]:
         kernels = liger(kernels_of(self.request))
-        # The one whose dry runs take longest first. A large batch need not have large MLPs, a long sequence does.
-        whole = [(ON_HOST, IN_BACKWARD)] if self.request.searched == "batch_size" else []
-        lean = [(ON_HOST, MLP_TILES, IN_BACKWARD), *whole, (CHECKPOINTING, IN_BACKWARD), (CHECKPOINTING,)]
+        tiles = (MLP_TILES,) if self.request.searched == "seq_length" else ()
+        # The one whose dry runs take longest first.
+        lean = [(ON_HOST, *tiles, IN_BACKWARD), (CHECKPOINTING, IN_BACKWARD), (CHECKPOINTING,)]
         return [Choice((kernels, *levers)) for levers in lean]
+
+    def _in_pieces(self, far: int) -> list[Choice]:
+        """The leanest choice with its MLPs in pieces, if they have most of the memory: else that costs time alone."""
+        leanest, own = next(iter(self._found.items()))
+        if leanest.has(MLP_TILES) or own[far].largest_part != "mlp":
+            return []
+        return [Choice((*leanest.levers[:-1], MLP_TILES, *leanest.levers[-1:]))]
 
     def _expected(self, far: Outcome) -> int:
         """About the largest size, from one far beyond it."""
