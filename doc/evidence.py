@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 
 from src import machine, techniques
+from src.advise.request import LEFT_FREE
 from src.cli import command_line
 from src.config import DTYPES, RunConfig
 from src.explain.reading import read
@@ -39,7 +40,7 @@ DATA = ROOT / "doc" / "data"
 SOURCE = ROOT / "doc" / "source"
 # The runs of which predictions are kept, and where these are.
 PREDICTED_RUNS = ("h100_single_gpu", "h100_techniques", "h100_peers", "h100_people")
-PREDICTED_RUNS += ("h200_single_gpu", "h200_peers", "h200_people", "h200_long", "h200_graphs")
+PREDICTED_RUNS += ("h200_single_gpu", "h200_peers", "h200_people", "h200_long", "h200_graphs", "h200_checkpointing")
 # A GPU's word -> the runs to which its rates were fitted, see src/study/fit_rates.py.
 FITTED_RUNS = {"h100": ("h100_single_gpu", "h100_techniques"), "h200": ("h200_single_gpu", "h200_peers")}
 PREDICTIONS = {"all_gpu": "predicted_single_gpu", "deepspeed": "predicted_offload"}
@@ -507,6 +508,54 @@ def named_anew(rows: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, 
     """The choices of `rows` that `before` does not name, or at another size."""
     known = set(map(_advised, before))
     return [row for row in rows if _advised(row) not in known]
+
+
+def put_beside(rows: Iterable[Mapping[str, Any]], runs: Iterable[Record]) -> list[tuple[Record, list[Record]]]:
+    """Of each row of advice that is among `runs` its run, and all that fit of the same sizes, the fastest first."""
+    fitting = sorted((run for run in runs if run.status == "ok"), key=lambda run: run.latency_s)
+    named = {_name_without_limit(run.run): run for run in fitting}
+    advised = [named.get(_name_without_limit(RunConfig.from_dict(row["config"]))) for row in rows]
+    return [(own, [run for run in fitting if _sizes(run) == _sizes(own)]) for own in advised if own is not None]
+
+
+def _name_without_limit(config: RunConfig) -> str:
+    return dataclasses.replace(config, dry_run=False, memory_limit_gib=None).run_name
+
+
+def _sizes(run: Record) -> tuple[str, int, int]:
+    return run.run.model_name, run.run.batch_size, run.run.seq_length
+
+
+def leaves_free(run: Record) -> bool:
+    """Whether a run under a limit left as much of it free as advice does."""
+    return run.peak_memory_bytes <= (1 - LEFT_FREE) * run.run.memory_limit_gib * GIB
+
+
+def behind(beside: Iterable[tuple[Record, Sequence[Record]]]) -> dict[str, float]:
+    """By how much others were faster than what is advised, at most: those that leave memory free, and the others."""
+    faster = [
+        (leaves_free(run), own.latency_s / run.latency_s - 1) for own, runs in beside for run in runs if run is not own
+    ]
+    return {
+        name: max((share for free, share in faster if free == is_free), default=0.0)
+        for name, is_free in (("within", True), ("beyond", False))
+    }
+
+
+def all_checkpointed(own: Record, runs: Iterable[Record]) -> Record:
+    """Of runs that fit, the one with the kernels of `own` that checkpoints all layers, and has nothing else."""
+    kernels = own.title.partition(",")[0]
+    return next(run for run in runs if run.title == kernels and run.run.gradient_checkpointing)
+
+
+def over_all_layers(beside: Iterable[tuple[Record, Sequence[Record]]]) -> list[float]:
+    """How many times as fast each advised run is as the same kernels with all layers checkpointed, the least first."""
+    return sorted(all_checkpointed(own, runs).latency_s / own.latency_s for own, runs in beside)
+
+
+def said_to_fit(runs: Sequence[Record]) -> tuple[int, int]:
+    """Of runs under a limit, of how many a dry run that is told it says rightly whether they fit; and how many."""
+    return sum(load(dry_run_of(run).record_file).status == run.status for run in runs), len(runs)
 
 
 def with_earlier_times(rows: Iterable[Mapping[str, Any]], before: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -139,6 +139,13 @@ def test_readme_says_of_long_sequences_what_the_document_says():
     assert set(figures) <= known
 
 
+def test_readme_says_of_advice_what_the_document_says():
+    document = said(ROOT / "doc" / "advice.md")
+    assert "was the fastest, in each of the three**" in document
+    least, most = re.search(r"is ([\d.]+) to ([\d.]+) times as fast as Liger's kernels with all", document).groups()
+    assert f"{least} to {most} times as fast as checkpointing all layers: [doc/advice.md]" in said(TEXTS[-1])
+
+
 def test_readme_says_of_several_gpus_what_the_document_says():
     text, document = said(TEXTS[-1]), said(ROOT / "doc" / "scaling.md")
     found = defaultdict(list)
