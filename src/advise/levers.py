@@ -24,14 +24,16 @@ class Lever:
 
 def checkpointing(every: int) -> Lever:
     """One layer in so many is checkpointed."""
-    name = "gradient checkpointing" if every == 1 else f"one layer in {every} checkpointed"
-    return Lever(name, {"gradient_checkpointing": True, "checkpoint_every": every}, 1 if every == 1 else 2)
+    if every == 1:
+        return Lever("gradient checkpointing", {"gradient_checkpointing": True}, 1)
+    values = {"gradient_checkpointing": True, "checkpoint_every": every}
+    return Lever(f"one layer in {every} checkpointed", values, 2)
 
 
 def mlp_checkpointing(every: int) -> Lever:
     """Of one layer in so many the MLP is checkpointed."""
     name = "checkpointing of the MLPs" if every == 1 else f"MLP of one layer in {every} checkpointed"
-    return Lever(name, {"gradient_checkpointing": True, "checkpoint_part": "mlp", "checkpoint_every": every}, 2)
+    return Lever(name, {**checkpointing(every).values, "checkpoint_part": "mlp"}, 2)
 
 
 CHECKPOINTING, MLP_CHECKPOINTING, EVERY_SECOND = checkpointing(1), mlp_checkpointing(1), checkpointing(2)
