@@ -1,4 +1,4 @@
-"""Advice put to the test: sixteen situations that no record has, their first two choices predicted and then measured.
+"""Advice put to the test: seventeen situations that no record has, their first two choices predicted and then measured.
 
     python -m src.advise.trial table.jsonl --advise      # anywhere: asks for advice, and keeps what is predicted
     python -m src.advise.trial table.jsonl               # on the GPU: measures what has no figures yet
@@ -48,6 +48,7 @@ SITUATIONS: tuple[Mapping[str, Any], ...] = (
     _of(_8B, 4, 2048, "speed", 80),
     _of("Qwen/Qwen3-0.6B", 16, 2048, "speed", 40),
     _of(_1B, 14, 1024, "speed", 24),
+    _of(_3B, 2, 2048, "speed", 24),
     _of("allenai/OLMo-2-0425-1B", 4, 2048, "largest", 24),
 )
 
