@@ -542,15 +542,16 @@ def behind(beside: Iterable[tuple[Record, Sequence[Record]]]) -> dict[str, float
     }
 
 
-def all_checkpointed(own: Record, runs: Iterable[Record]) -> Record:
+def all_checkpointed(own: Record, runs: Iterable[Record]) -> Record | None:
     """Of runs that fit, the one with the kernels of `own` that checkpoints all layers, and has nothing else."""
     kernels = own.title.partition(",")[0]
-    return next(run for run in runs if run.title == kernels and run.run.gradient_checkpointing)
+    return next((run for run in runs if run.title == kernels and run.run.gradient_checkpointing), None)
 
 
 def over_all_layers(beside: Iterable[tuple[Record, Sequence[Record]]]) -> list[float]:
-    """How many times as fast each advised run is as the same kernels with all layers checkpointed, the least first."""
-    return sorted(all_checkpointed(own, runs).latency_s / own.latency_s for own, runs in beside)
+    """How many times as fast advised runs are as their kernels with all layers checkpointed, where these fit."""
+    pairs = [(own, all_checkpointed(own, runs)) for own, runs in beside]
+    return sorted(every.latency_s / own.latency_s for own, every in pairs if every is not None)
 
 
 def said_to_fit(runs: Sequence[Record]) -> tuple[int, int]:
