@@ -14,6 +14,7 @@ from doc import evidence
 from src.advise import lines, measured, outcomes
 from src.advise.levers import (
     CHECKPOINTING,
+    CHUNKED_LOSS,
     CUDA_GRAPH,
     EVERY_SECOND,
     IN_BACKWARD,
@@ -145,41 +146,83 @@ def test_search_for_a_size_ends_close_to_the_largest_after_few_dry_runs(bytes_a_
     assert len(runs) <= most
 
 
-def made_up(choice, config, room_bytes, gaps):
+# Of a made-up model: GiB of activations and of gradients, and what gaps add to memory, where MLPs are checkpointed and
+# elsewhere.
+WORLDS = {
+    "activations": (20, 2, 1.0, 1.0),
+    "gaps": (20, 2, 1.08, 1.08),
+    "gradients": (8, 5, 1.0, 1.0),
+    "gradients and gaps": (8, 5, 1.08, 1.0),
+}
+
+
+def made_up(choice, config, room_bytes, world):
     """What a choice takes, if each of 16 layers takes as much as another, and gradients come as activations go."""
-    layers = 16
+    activations, gradients, mlp_gaps, gaps = WORLDS[world]
+    layers, mlp = 16, config.checkpoint_part == "mlp"
     share = -(-layers // config.checkpoint_every) / layers if config.gradient_checkpointing else 0
-    kept, again = (0.5, 0.1) if config.checkpoint_part == "mlp" else (0.02, 0.3)
-    gradients = 0.1 if config.optimizer_in_backward else 2
+    kept, again = (0.5, 0.1) if mlp else (0.02, 0.3)
+    gradients = 0.1 if config.optimizer_in_backward else gradients
     loss, seconds = {1: (0, 1.0), 16: (1, 0.9)}[config.flce_chunks] if config.flce else (10, 0.95)
-    peak = (8 + loss + max(gradients, 20 * (1 - (1 - kept) * share))) * GIB
+    peak = (8 + max(gradients, loss + activations * (1 - (1 - kept) * share))) * GIB
     parts = {"parameters": 2 * GIB, "optimizer_state": 6 * GIB, "activations": peak - 8 * GIB}
-    fits, seconds = peak * gaps <= room_bytes, seconds + again * share
+    fits, seconds = peak * (mlp_gaps if mlp else gaps) <= room_bytes, seconds + again * share
     return Outcome(choice, config, fits, int(peak), "backward", parts, seconds, "gpu")
 
 
-@pytest.mark.parametrize("gaps", [1.0, 1.08])
-@pytest.mark.parametrize("memory", [9.3, 10.8, 11.5, 13, 16, 20, 25, 30, 33, 36, 50])
-def test_no_combination_of_what_is_searched_is_faster_than_the_advice(memory, gaps):
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("memory", [9.3, 10.8, 11.5, 13, 15, 16, 17, 18, 20, 25, 30, 33, 36, 50])
+def test_no_combination_of_what_is_searched_is_faster_than_the_advice(memory, world):
     asked = request(model_name=LLAMA_1B, gpu="h100", batch_size=8, seq_length=1024, gpu_memory_gib=memory)
     runs = []
 
     def evaluate(trials):
-        runs.extend(trials)
-        return [made_up(*trial, asked.room_bytes, gaps) for trial in trials]
+        runs.extend(choice for choice, _ in trials)
+        return [made_up(*trial, asked.room_bytes, world) for trial in trials]
 
     found = Search(asked, evaluate).run()
     kernels = liger(["rope", "swiglu", "rms_norm", "flce"])
     losses = [(kernels,), (kernels, LARGER_CHUNKS), (liger(["rope", "swiglu", "rms_norm"]),)]
     checkpoints = [(), *((lever(every),) for lever in (checkpointing, mlp_checkpointing) for every in spacings(16))]
     every = [Choice((*own, *more, *one)) for own in losses for more in ((), (IN_BACKWARD,)) for one in checkpoints]
-    evaluated = [made_up(choice, asked.with_settings(**choice.values), asked.room_bytes, gaps) for choice in every]
+    evaluated = [made_up(choice, asked.with_settings(**choice.values), asked.room_bytes, world) for choice in every]
     fitting = [o.seconds for o in evaluated if o.fits]
     best = min((o.seconds for o in found if o.fits and not o.choice.has(LORA)), default=None)
     assert (best is None) == (not fitting)
     if fitting:
         assert best <= min(fitting) * (1 + ALIKE)
-    assert len(runs) <= 20
+    assert len(set(runs)) == len(runs) <= 28
+
+
+def test_what_no_dry_run_can_predict_is_left_out_but_kernels_that_are_missing_are_told():
+    asked = request(model_name=LLAMA_1B, gpu="h100", batch_size=8, seq_length=1024, gpu_memory_gib=25)
+    runs = []
+
+    def evaluate(trials, refuses):
+        runs.extend(choice for choice, _ in trials)
+        outcomes = [made_up(*trial, asked.room_bytes, "activations") for trial in trials]
+        return [UsageError("not here") if refuses(o.choice) else o for o in outcomes]
+
+    found = Search(asked, functools.partial(evaluate, refuses=lambda choice: choice.has(LARGER_CHUNKS))).run()
+    assert len(set(runs)) == len(runs) > len(found)
+    with pytest.raises(UsageError, match="not here"):
+        Search(asked, functools.partial(evaluate, refuses=lambda choice: choice.levers)).run()
+
+
+@pytest.mark.parametrize("part", ["mlp", "attention"])
+def test_largest_batch_takes_mlps_in_pieces_where_they_have_most_of_the_memory(part):
+    asked = request(model_name=LLAMA_1B, gpu="h100", batch_size=8, seq_length=1024, goal="largest")
+
+    def evaluate(trials):
+        found = []
+        for choice, config in trials:
+            peak = int(7 * GIB + config.tokens_per_step * (1e5 if choice.has(MLP_TILES) else 2e5))
+            parts = {"parameters": 2 * GIB, "optimizer_state": 5 * GIB, part: peak - 7 * GIB}
+            found.append(Outcome(choice, config, peak <= asked.room_bytes, peak, "backward", parts, 1.0, "gpu"))
+        return found
+
+    found = SizeSearch(asked, evaluate).run()
+    assert any(o.choice.has(MLP_TILES) for o in found) == (part == "mlp")
 
 
 def test_half_precision_never_takes_flces_mean_which_trains_wrongly():
@@ -244,6 +287,15 @@ def test_lines_leave_nothing_for_the_trainer_to_overwrite(tmp_path):
     assert mlp.forward.func is torch.utils.checkpoint.checkpoint
     assert not hasattr(other.forward, "func")  # of one layer in two
     assert built["model"].forward.keywords == {"chunk_mem_const": 16}
+
+
+@pytest.mark.parametrize("lever", [checkpointing(2), mlp_checkpointing(2)])
+def test_lines_of_a_graph_do_not_read_the_state_of_random_numbers(lever):
+    asked = request(model_name=LLAMA_1B, gpu="h100", batch_size=1, seq_length=1024)
+    kernels = liger(["rope", "swiglu", "rms_norm"])
+    for more, said in (((), False), ((CHUNKED_LOSS, CUDA_GRAPH), True)):
+        code = lines.python(asked.with_settings(**Choice((kernels, *more, lever)).values))
+        assert ("preserve_rng_state" in code) is said
 
 
 def test_trainer_checkpoints_the_layers_that_are_advised(tmp_path):

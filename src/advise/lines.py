@@ -32,7 +32,7 @@ _OPTIMIZERS = {
 }
 _MLP = """\
 for layer in model.model.layers{spaced}:
-    layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, use_reentrant=False)"""
+    layer.mlp.forward = functools.partial(checkpoint, layer.mlp.forward, {kwargs})"""
 _IN_TILES = """\
 for layer in model.model.layers:
     weights = [weight for weight in layer.mlp.parameters() if weight.requires_grad]
@@ -122,7 +122,10 @@ def _before_trainer(config: RunConfig) -> Iterator[str]:
     if config.mlp_tile_tokens:
         yield _IN_TILES.format(tokens=config.mlp_tile_tokens)
     if config.checkpoint_part == "mlp":
-        yield _MLP.format(spaced=f"[::{config.checkpoint_every}]" if config.checkpoint_every > 1 else "")
+        # Reading the state of random numbers waits for the GPU, which a graph cannot hold.
+        kwargs = "use_reentrant=False" + (", preserve_rng_state=False" if config.cuda_graph else "")
+        spaced = f"[::{config.checkpoint_every}]" if config.checkpoint_every > 1 else ""
+        yield _MLP.format(spaced=spaced, kwargs=kwargs)
     if config.flce_chunks > 1:
         yield f"model.forward = functools.partial(model.forward, chunk_mem_const={config.flce_chunks})"
     if config.checkpoint_offload == "overlapped":
@@ -142,7 +145,8 @@ def _trainer(config: RunConfig) -> Iterator[str]:
     if config.gradient_checkpointing and (config.checkpoint_part, config.checkpoint_offload) == ("layer", "none"):
         yield "    gradient_checkpointing=True,"
         every = f', "every_n_layers": {config.checkpoint_every}' if config.checkpoint_every > 1 else ""
-        yield f'    gradient_checkpointing_kwargs={{"use_reentrant": False{every}}},'
+        random = ', "preserve_rng_state": False' if config.cuda_graph else ""
+        yield f'    gradient_checkpointing_kwargs={{"use_reentrant": False{random}{every}}},'
     yield ")"
     yield f"trainer = Trainer(model=model, args=arguments, train_dataset=...)  # of {config.seq_length} tokens each"
 

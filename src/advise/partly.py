@@ -1,16 +1,19 @@
 """Between a step that keeps all activations, which does not fit, and one that computes every layer again.
 
-Each checkpointed layer takes about as much off the peak as another, and adds as much time. So two dry runs, with none
-and with all of the layers checkpointed, say what to expect of any number between. That is where to look: whether a
-choice fits and what it takes says its own dry run.
+Two dry runs, with none and with all of the layers checkpointed, say roughly what to expect of any number between, as if
+each layer took as much off the peak as another. It is less than that where other things than activations make the peak
+of the second. So it is only where to look: whether a choice fits, and what it takes, says its own dry run.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from src.advise.levers import Choice, Lever
 from src.advise.outcomes import Outcome
+
+AT_ONCE = 3  # dry runs of a round
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,11 @@ class Span:
     lever: Callable[[int], Lever]
     layers: int
     none: Outcome
-    all: Outcome
+    whole: Outcome
 
     def options(self, base: Outcome) -> Iterator[Expected]:
         """What a choice without checkpointing is expected to be with it: all of the layers first, one of them last."""
-        saved, added = self.none.peak_bytes - self.all.peak_bytes, self.all.seconds - self.none.seconds
+        saved, added = self.none.peak_bytes - self.whole.peak_bytes, self.whole.seconds - self.none.seconds
         for every in spacings(self.layers):
             share = math.ceil(self.layers / every) / self.layers
             choice = Choice((*base.choice.levers, self.lever(every)))
@@ -45,15 +48,17 @@ def spacings(layers: int) -> list[int]:
     return sorted({math.ceil(layers / count) for count in range(1, layers + 1)})
 
 
-def worth_a_dry_run(options: Sequence[Sequence[Expected]], room_bytes: int, seconds: float) -> list[Choice]:
-    """The fastest option that is expected to fit, and of each span the next one, where faster: more may fit.
+def next_tries(
+    options: Iterable[Iterable[Expected]], known: Mapping[Choice, Outcome], room_bytes: int, seconds: float
+) -> list[Choice]:
+    """What to try next, the fastest first, to find what takes less than `seconds`.
 
-    `options` are those of each base and span, the leanest first. Nothing that would take `seconds` or more is named.
+    Of each base and span (`options`, the leanest first) the fastest that is expected to fit, else the leanest: more may
+    fit than is expected. Nothing is tried twice, nor what keeps more than one of its kind that was refused.
     """
-    fitting = [o for own in options for o in own if o.peak_bytes <= room_bytes and o.seconds < seconds]
-    fastest = min(fitting, key=lambda o: o.seconds, default=None)
-    if fastest is not None:
-        seconds = fastest.seconds
-    beyond = [next((o for o in own if o.peak_bytes > room_bytes), None) for own in options]
-    named = [fastest, *(o for o in beyond if o is not None and o.seconds < seconds)]
-    return [o.choice for o in named if o is not None]
+    tries = []
+    for own in options:
+        possible = itertools.takewhile(lambda o: o.choice not in known or known[o.choice].fits, own)
+        untried = [o for o in possible if o.choice not in known and o.seconds < seconds]
+        tries += [o for o in untried if o.peak_bytes <= room_bytes][-1:] or untried[:1]
+    return [o.choice for o in sorted(tries, key=lambda o: o.seconds)[:AT_ONCE]]

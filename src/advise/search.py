@@ -1,6 +1,5 @@
 """Which choices are worth a dry run, round by round: what cannot help where the first ones are bound is left out."""
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -22,14 +21,14 @@ from src.advise.levers import (
     mlp_checkpointing,
 )
 from src.advise.outcomes import Evaluate, Outcome, Trial
-from src.advise.partly import Span, worth_a_dry_run
+from src.advise.partly import Span, next_tries
 from src.advise.request import Request
 from src.model_utils import family_of, load_model_config
 from src.techniques import KERNEL_NAMES
 from src.utils import UsageError
 
-ROUNDS = 3  # of choices between what fits and what is faster
-LESS = 0.95  # of what a choice that was refused was expected to take: gaps between blocks are not expected
+ROUNDS = 4  # of choices between what fits and what is faster
+WORTH = 0.01  # another dry run: no prediction tells apart what differs by twice as much
 
 
 class Search:
@@ -38,14 +37,17 @@ class Search:
     def __init__(self, request: Request, evaluate: Evaluate, tell: Callable[[str], None] = lambda line: None) -> None:
         self.request, self._evaluate, self._tell = request, evaluate, tell
         self.outcomes: dict[Choice, Outcome] = {}
+        self.failed: dict[Choice, UsageError] = {}  # what the model or this machine cannot have, or no dry run can tell
         self._kernels = kernels_of(request)
         self._layers = load_model_config(request.base).num_hidden_layers
         self.plain = Choice()
-        self._levers: tuple[Lever, ...] = (liger(self._kernels),)  # that every choice but the plain ones begins with
+        self._begun: tuple[Lever, ...] = ()  # levers that every choice begins with, beside the kernels
 
     def run(self) -> list[Outcome]:
-        """What was found. Raises `UsageError` if no dry run can predict the model."""
+        """What was found. Raises `UsageError` if no dry run can predict the model, or it cannot have the kernels."""
         self._try([self.plain, self._with()])
+        for error in self.failed.values():
+            raise error
         self._look()
         if self._is_tight():
             self._begin_with(IN_BACKWARD)
@@ -63,7 +65,8 @@ class Search:
         """Whether nothing fits, or nothing that is faster than to compute every layer again."""
         if self.request.goal != "speed" or not self._fitting:
             return not self._fitting
-        return self._fitting[0].choice.has(CHECKPOINTING)
+        fastest = self._fitting[0]
+        return fastest.seconds is not None and fastest.choice.has(CHECKPOINTING)
 
     def _look(self) -> None:
         """Around what every choice begins with."""
@@ -77,7 +80,7 @@ class Search:
         """Pull it in whatever follows, if the model can have it."""
         self._try([self._with(lever)])
         if self._with(lever) in self.outcomes:
-            self._levers += (lever,)
+            self._begun += (lever,)
 
     def _is_full(self, choice: Choice) -> bool:
         """Whether what is always there is too much: nothing that is computed again, and no other loss, makes room."""
@@ -87,7 +90,7 @@ class Search:
     def _leaner_and_faster(self) -> list[Choice]:
         choices = [self._with(CHECKPOINTING)]
         if not self.outcomes[self.plain].fits:
-            choices.append(Choice((*self._levers[1:], CHECKPOINTING)))  # the least change, if it is enough
+            choices.append(Choice((*self._begun, CHECKPOINTING)))  # the least change, if it is enough
         if self.request.goal == "speed":
             choices += self._faster()
         return [*choices, self._with(MLP_CHECKPOINTING)]
@@ -96,7 +99,7 @@ class Search:
         """What may be faster than Liger's kernels as they are."""
         choices = []
         if "flce" in self._kernels:
-            others = (liger([name for name in self._kernels if name != "flce"]), *self._levers[1:])
+            others = (liger([name for name in self._kernels if name != "flce"]), *self._begun)
             choices = [self._with(LARGER_CHUNKS), Choice(others)]
             if self.outcomes[self._with()].bound == "launches":  # which a graph does away with, and with nothing else
                 choices.append(Choice((*others, CHUNKED_LOSS, CUDA_GRAPH)))
@@ -105,28 +108,21 @@ class Search:
     def _partly_checkpointed(self) -> list[Choice]:
         """Some of the layers checkpointed, where what would be faster than all that fits does not fit."""
         bases = [o for o in self.outcomes.values() if self._lacks_room(o)]
-        options = [list(span.options(base)) for base in bases for span in self._spans()]
-        refused = (o.peak_bytes for o in itertools.chain(*options) if o.choice in self._refused)
-        most = LESS * min(refused, default=math.inf)
-        open_ = [[o for o in own if o.choice not in self.outcomes and o.peak_bytes < most] for own in options]
+        options = [span.options(base) for base in bases for span in self._spans()]
         fastest = next((o.seconds or math.inf for o in self._fitting), math.inf)
-        return worth_a_dry_run(open_, self.request.room_bytes, fastest)
-
-    @property
-    def _refused(self) -> set[Choice]:
-        return {choice for choice, outcome in self.outcomes.items() if not outcome.fits}
+        return next_tries(options, self.outcomes, self.request.room_bytes, fastest / (1 + WORTH))
 
     def _lacks_room(self, outcome: Outcome) -> bool:
         """Whether it has a time, and could fit with some of its layers checkpointed."""
         if outcome.fits or outcome.seconds is None or outcome.config.gradient_checkpointing:
             return False
-        begun = outcome.choice.levers and all(map(outcome.choice.has, self._levers[1:]))
-        return bool(begun) and not self._is_full(outcome.choice)
+        begun = outcome.choice != self.plain and all(map(outcome.choice.has, self._begun))
+        return begun and not self._is_full(outcome.choice)
 
     def _spans(self) -> list[Span]:
         none = self.outcomes[self._with()]
         ends = [(lever, self.outcomes.get(self._with(lever(1)))) for lever in (checkpointing, mlp_checkpointing)]
-        return [Span(lever, self._layers, none, every) for lever, every in ends if every is not None]
+        return [Span(lever, self._layers, none, whole) for lever, whole in ends if whole is not None]
 
     def _last_resorts(self) -> list[Choice]:
         """Where nothing fits: with less of what is always there, at last by training otherwise."""
@@ -137,19 +133,28 @@ class Search:
             (IN_BACKWARD, CHECKPOINTING, ADAFACTOR),
             (CHECKPOINTING, LORA),
         ]
-        return [Choice((*self._levers[:1], *levers)) for levers in ways]
+        return [Choice((liger(self._kernels), *levers)) for levers in ways]
 
     def _with(self, *levers: Lever) -> Choice:
-        return Choice((*self._levers, *levers))
+        return Choice((liger(self._kernels), *self._begun, *levers))
 
     def _try(self, choices: Sequence[Choice]) -> None:
-        new = [choice for choice in choices if choice not in self.outcomes]
-        trials = [trial for choice in new if (trial := trial_of(self.request, choice))]
+        trials = []
+        for choice in dict.fromkeys(choices):
+            if choice in self.outcomes or choice in self.failed:
+                continue
+            try:
+                trials.append((choice, self.request.with_settings(**choice.values)))
+            except UsageError as error:
+                self.failed[choice] = error
         if not trials:
             return
         self._tell(f"dry runs: {'; '.join(choice.name for choice, _ in trials)}")
-        for outcome in told(self._evaluate(trials)):
-            self.outcomes[outcome.choice] = outcome
+        for (choice, _), found in zip(trials, self._evaluate(trials), strict=True):
+            if isinstance(found, Outcome):
+                self.outcomes[choice] = found
+            else:
+                self.failed[choice] = found
 
 
 def told(found: Sequence[Outcome | UsageError]) -> list[Outcome]:

@@ -63,7 +63,8 @@ class SizeSearch:
         leanest, own = next(iter(self._found.items()))
         if leanest.has(MLP_TILES) or own[far].largest_part != "mlp":
             return []
-        return [Choice((*leanest.levers[:-1], MLP_TILES, *leanest.levers[-1:]))]
+        kernels, on_host, *others = leanest.levers
+        return [Choice((kernels, on_host, MLP_TILES, *others))]
 
     def _expected(self, far: Outcome) -> int:
         """About the largest size, from one far beyond it."""

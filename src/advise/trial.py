@@ -1,4 +1,4 @@
-"""Advice put to the test: seventeen situations that no record has, their first two choices predicted and then measured.
+"""Advice put to the test: seventeen situations that no record had, their first two choices predicted and then measured.
 
     python -m src.advise.trial table.jsonl --advise      # anywhere: asks for advice, and keeps what is predicted
     python -m src.advise.trial table.jsonl               # on the GPU: measures what has no figures yet
@@ -30,7 +30,7 @@ def _of(model: str, batch_size: int, seq_length: int, goal: str, gpu_memory_gib:
     return {"model_name": model, **sizes, "goal": goal, "gpu_memory_gib": gpu_memory_gib}
 
 
-# Models, sizes and memory limits (in GiB, context included) that no record has. All on the GPU that measures them.
+# Models, sizes and memory limits (in GiB, context included) that no record had. All on the GPU that measures them.
 SITUATIONS: tuple[Mapping[str, Any], ...] = (
     _of("Qwen/Qwen3-4B", 2, 4096, "speed"),
     _of("Qwen/Qwen3-0.6B", 16, 2048, "speed", 80),
