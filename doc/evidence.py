@@ -531,27 +531,36 @@ def leaves_free(run: Record) -> bool:
     return run.peak_memory_bytes <= (1 - LEFT_FREE) * run.run.memory_limit_gib * GIB
 
 
-def behind(beside: Iterable[tuple[Record, Sequence[Record]]]) -> dict[str, float]:
-    """By how much others were faster than what is advised, at most: those that leave memory free, and the others."""
-    faster = [
-        (leaves_free(run), own.latency_s / run.latency_s - 1) for own, runs in beside for run in runs if run is not own
-    ]
-    return {
-        name: max((share for free, share in faster if free == is_free), default=0.0)
-        for name, is_free in (("within", True), ("beyond", False))
-    }
+def margins(beside: Iterable[tuple[Record, Sequence[Record]]]) -> list[tuple[float, float]]:
+    """How much longer than each advised run the fastest other took that leaves memory free, and how much their steps
+    spread. Relative to the advised run's time, the least first; less than none is faster."""
+    found = []
+    for own, runs in beside:
+        other = next(run for run in runs if run is not own and leaves_free(run))
+        spread = max(own.latency_iqr_s, other.latency_iqr_s)
+        found.append((other.latency_s / own.latency_s - 1, spread / own.latency_s))
+    return sorted(found)
 
 
-def all_checkpointed(own: Record, runs: Iterable[Record]) -> Record | None:
-    """Of runs that fit, the one with the kernels of `own` that checkpoints all layers, and has nothing else."""
-    kernels = own.title.partition(",")[0]
-    return next((run for run in runs if run.title == kernels and run.run.gradient_checkpointing), None)
+def none_is_faster(margins: Iterable[tuple[float, float]]) -> bool:
+    """Whether no other run was faster by more than steps spread."""
+    return all(gap >= -spread for gap, spread in margins)
 
 
-def over_all_layers(beside: Iterable[tuple[Record, Sequence[Record]]]) -> list[float]:
-    """How many times as fast advised runs are as their kernels with all layers checkpointed, where these fit."""
-    pairs = [(own, all_checkpointed(own, runs)) for own, runs in beside]
-    return sorted(every.latency_s / own.latency_s for own, every in pairs if every is not None)
+def beyond(beside: Iterable[tuple[Record, Sequence[Record]]]) -> float:
+    """By how much the fastest of all that fit was faster than what is advised, at most."""
+    return max(own.latency_s / runs[0].latency_s - 1 for own, runs in beside)
+
+
+def over(beside: Iterable[tuple[Record, Sequence[Record]]], *, every: int, part: str = "layer") -> list[float]:
+    """How many times as fast advised runs are as their kernels and FLCE with one layer in so many, or its MLP,
+    checkpointed, where that fits and is another; the least first."""
+    found = []
+    for own, runs in beside:
+        settings = {"gradient_checkpointing": True, "checkpoint_every": every, "checkpoint_part": part}
+        name = dataclasses.replace(own.run, **settings).run_name
+        found += [run.latency_s / own.latency_s for run in runs if run.run_name == name and run is not own]
+    return sorted(found)
 
 
 def said_to_fit(runs: Sequence[Record]) -> tuple[int, int]:

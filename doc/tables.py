@@ -220,15 +220,14 @@ def advised(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def beside_advice(found: Sequence[tuple[Record, Sequence[Record]]], count: int = 5) -> str:
-    """The fastest of what was measured in the memory of each advised run, and checkpointing of all layers."""
-    header = ("model", "batch x seq", "limit GiB", "turned on", "peak GiB", "tokens/s", "")
+    """Each advised run, and the fastest of what was measured in the same memory."""
+    header = ("model", "batch x seq", "limit GiB", "turned on", "peak GiB", "ms a step", "tokens/s", "")
     rows = []
     for own, runs in found:
-        every = evidence.all_checkpointed(own, runs)
-        for run in (r for i, r in enumerate(runs) if i < count or r is own or r is every):
+        for run in (run for place, run in enumerate(runs) if place < count or run is own):
             note = "advised" if run is own else "" if evidence.leaves_free(run) else "beyond what advice leaves free"
             model, limit = run.run.model_name.rpartition("/")[2], f"{run.run.memory_limit_gib:g}"
-            rows.append([model, size(run), limit, run.title, peak(run), speed(run), note])
+            rows.append([model, size(run), limit, run.title, peak(run), step(run), speed(run), note])
     return markdown_table(header, rows)
 
 
