@@ -6,7 +6,7 @@
     python -m src.advise ... --measure     # on the GPU: runs the first three, and says how far off predictions were
     python -m src.advise --page            # the same as a page in the browser, for this machine alone
 
-Tries out, in dry runs, what can help where memory and time are bound; takes about half a minute, and the longest
+Tries out, in dry runs, what can help where memory and time are bound; takes half a minute to one, and the longest
 sequences or largest batch one to two. Parity is how far gradients were from fp32's on record, relative to Hugging
 Face's code in the same dtype.
 """

@@ -36,8 +36,8 @@ HOST = "127.0.0.1"
 _FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # Gradio's own come from the network
 _INTRODUCTION = """# What should I turn on?
 When you train this model on this GPU: does it fit, what is the peak made of, what is faster. All figures are predicted
-by dry runs on this machine's CPU; an answer takes about half a minute, and one to two minutes for the longest sequences
-or the largest batch."""
+by dry runs on this machine's CPU; an answer takes half a minute to one, or one to two for the longest sequences or the
+largest batch."""
 _KEPT = 3600, 3600  # seconds between removals of uploads and pictures, and their age then
 _WIDTHS = ["4%", "29%", "11%", "8%", "9%", "10%", "11%", "7%", "11%"]  # of the columns of HEADER
 

@@ -1,8 +1,8 @@
 """Between a step that keeps all activations, which does not fit, and one that computes every layer again.
 
-Two dry runs, with none and with all of the layers checkpointed, say roughly what to expect of any number between, as if
-each layer took as much off the peak as another. It is less than that where other things than activations make the peak
-of the second. So it is only where to look: whether a choice fits, and what it takes, says its own dry run.
+Two dry runs, with none and with all of the layers checkpointed, say roughly what to expect of any number between: as if
+each layer took as much off the peak as another. Where gradients make the peak of the second, choices between take less
+than that. So this says only where to look: whether a choice fits, and what it takes, says its own dry run.
 """
 
 import itertools
