@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from src import families
 from src.config import RunConfig, flag_of
@@ -122,14 +122,18 @@ def _before_trainer(config: RunConfig) -> Iterator[str]:
     if config.mlp_tile_tokens:
         yield _IN_TILES.format(tokens=config.mlp_tile_tokens)
     if config.checkpoint_part == "mlp":
-        # Reading the state of random numbers waits for the GPU, which a graph cannot hold.
-        kwargs = "use_reentrant=False" + (", preserve_rng_state=False" if config.cuda_graph else "")
         spaced = f"[::{config.checkpoint_every}]" if config.checkpoint_every > 1 else ""
+        kwargs = ", ".join(f"{name}={value}" for name, value in _checkpoint_kwargs(config).items())
         yield _MLP.format(spaced=spaced, kwargs=kwargs)
     if config.flce_chunks > 1:
         yield f"model.forward = functools.partial(model.forward, chunk_mem_const={config.flce_chunks})"
     if config.checkpoint_offload == "overlapped":
         yield _ON_HOST
+
+
+def _checkpoint_kwargs(config: RunConfig) -> dict[str, bool | int]:
+    """What PyTorch's checkpoint is told. A graph cannot hold the reading of random numbers' state, which waits."""
+    return {"use_reentrant": False} | ({"preserve_rng_state": False} if config.cuda_graph else {})
 
 
 def _trainer(config: RunConfig) -> Iterator[str]:
@@ -144,9 +148,8 @@ def _trainer(config: RunConfig) -> Iterator[str]:
         yield f"    liger_kernel_config={_switches(config)},"
     if config.gradient_checkpointing and (config.checkpoint_part, config.checkpoint_offload) == ("layer", "none"):
         yield "    gradient_checkpointing=True,"
-        every = f', "every_n_layers": {config.checkpoint_every}' if config.checkpoint_every > 1 else ""
-        random = ', "preserve_rng_state": False' if config.cuda_graph else ""
-        yield f'    gradient_checkpointing_kwargs={{"use_reentrant": False{random}{every}}},'
+        every = {"every_n_layers": config.checkpoint_every} if config.checkpoint_every > 1 else {}
+        yield f"    gradient_checkpointing_kwargs={_dict(_checkpoint_kwargs(config) | every)},"
     yield ")"
     yield f"trainer = Trainer(model=model, args=arguments, train_dataset=...)  # of {config.seq_length} tokens each"
 
@@ -155,7 +158,12 @@ def _switches(config: RunConfig) -> str:
     """Liger's own names of the kernels, and its cross-entropy off: alone it is for models that make logits."""
     names = _family(config).liger_switches
     switches = {names[kernel]: getattr(config, kernel) for kernel in KERNEL_NAMES if kernel in names}
-    return json.dumps(switches | {"cross_entropy": False}).replace("true", "True").replace("false", "False")
+    return _dict(switches | {"cross_entropy": False})
+
+
+def _dict(values: Mapping[str, bool | int]) -> str:
+    """As Python writes it, with the quotation marks that the other lines have."""
+    return json.dumps(values).replace("true", "True").replace("false", "False")
 
 
 def _family(config: RunConfig) -> families.Family:

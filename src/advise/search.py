@@ -20,7 +20,7 @@ from src.advise.levers import (
     liger,
     mlp_checkpointing,
 )
-from src.advise.outcomes import Evaluate, Outcome, Trial
+from src.advise.outcomes import Evaluate, Outcome
 from src.advise.partly import Span, next_tries
 from src.advise.request import Request
 from src.model_utils import family_of, load_model_config
@@ -157,14 +157,6 @@ class Search:
                 self.failed[choice] = found
 
 
-def told(found: Sequence[Outcome | UsageError]) -> list[Outcome]:
-    """Those that could be predicted. Raises `UsageError` if none could."""
-    outcomes = [one for one in found if isinstance(one, Outcome)]
-    if found and not outcomes:
-        raise found[0]
-    return outcomes
-
-
 def kernels_of(request: Request) -> list[str]:
     """Those of Liger's kernels that there are for the model."""
     known = family_of(load_model_config(request.base)).liger_switches
@@ -176,11 +168,3 @@ def resident_bytes(outcome: Outcome) -> int:
     weights = outcome.breakdown["parameters"]
     gradients = 0 if outcome.config.optimizer_in_backward else weights
     return weights + gradients + outcome.breakdown["optimizer_state"]
-
-
-def trial_of(request: Request, choice: Choice, **sizes: int) -> Trial | None:
-    """The run of a choice; None if this model, or this machine for want of a library, cannot have it."""
-    try:
-        return choice, request.with_settings(**choice.values, **sizes)
-    except UsageError:
-        return None

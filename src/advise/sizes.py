@@ -8,9 +8,9 @@ answer was seen to fit, and is about the largest.
 from collections.abc import Callable, Sequence
 
 from src.advise.levers import CHECKPOINTING, IN_BACKWARD, MLP_TILES, ON_HOST, Choice, liger
-from src.advise.outcomes import Evaluate, Outcome
+from src.advise.outcomes import Evaluate, Outcome, Trial
 from src.advise.request import Request
-from src.advise.search import kernels_of, resident_bytes, told, trial_of
+from src.advise.search import kernels_of, resident_bytes
 from src.predict.frontier import GRANULARITY, largest_size
 from src.utils import UsageError
 
@@ -115,10 +115,26 @@ class SizeSearch:
 
     def _try(self, asked: Sequence[tuple[Choice, int]]) -> None:
         searched = self.request.searched
-        trials = [t for choice, size in asked if (t := trial_of(self.request, choice, **{searched: size}))]
+        trials = [t for choice, size in asked if (t := _trial(self.request, choice, **{searched: size}))]
         if not trials:
             return
         self._tell(f"dry runs: {'; '.join(f'{c.name}, {searched} {getattr(own, searched):,}' for c, own in trials)}")
-        for outcome in told(self._evaluate(trials)):
+        for outcome in _told(self._evaluate(trials)):
             own = self._found.setdefault(outcome.choice, {})
             own[getattr(outcome.config, searched)] = outcome
+
+
+def _told(found: Sequence[Outcome | UsageError]) -> list[Outcome]:
+    """Those that could be predicted. Raises `UsageError` if none could."""
+    outcomes = [one for one in found if isinstance(one, Outcome)]
+    if found and not outcomes:
+        raise found[0]
+    return outcomes
+
+
+def _trial(request: Request, choice: Choice, **sizes: int) -> Trial | None:
+    """The run of a choice; None if this model, or this machine for want of a library, cannot have it."""
+    try:
+        return choice, request.with_settings(**choice.values, **sizes)
+    except UsageError:
+        return None
