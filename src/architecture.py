@@ -90,6 +90,11 @@ def read(path: Path, model_name: str) -> transformers.PretrainedConfig:
         raise UsageError(f"cannot use {model_name!r}: {kind}{' '.join(str(error).split())[:300]}") from error
 
 
+def head_dim(config: transformers.PretrainedConfig) -> int:
+    """The width of a head. Most public files of Qwen2, Phi-3, OLMo 2, SmolLM3 and Granite leave it to be derived."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def one_layer_model(config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
     """The model with a single decoder layer and no data. A dry run that counts memory does not see it.
 

@@ -209,7 +209,7 @@ def flops_of_passes(model: PreTrainedModel, config: RunConfig) -> tuple[int, int
     products = [p for p in model.parameters() if len(full_shape(p)) == 2 and p is not of_input]
     weights = sum(full_shape(p).numel() for p in products)
     trained = sum(full_shape(p).numel() for p in products if p.requires_grad)
-    attention_width = shape.num_attention_heads * shape.head_dim
+    attention_width = shape.num_attention_heads * architecture.head_dim(shape)
     attention = 2 * shape.num_hidden_layers * attention_width * config.seq_length * tokens
     forward = 2 * weights * tokens + attention
     return forward, forward + 2 * trained * tokens + attention

@@ -181,6 +181,18 @@ def test_flops_are_what_a_counter_counts_less_the_masked_half_of_attention(rng, 
     assert flops_per_step(experiment.model, config) == counter.get_total_flops() - pieces * (masked + angles)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "olmo2", "smollm3", "granite"])
+def test_flops_need_no_width_of_heads_in_the_file(tmp_path, name):
+    config = tiny_config(model_name=small_folder(tmp_path, FAMILIES[name], num_attention_heads=4, hidden_size=48))
+    told = flops_per_step(build_model(config, META), config)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    del values["head_dim"]  # most public files have none
+    file.write_text(json.dumps(values))
+    assert not hasattr(build_model(config, META).config, "head_dim")
+    assert flops_per_step(build_model(config, META), config) == told
+
+
 def test_flops_of_the_study_are_those_counted_by_hand():
     config = RunConfig(**HUGGING_FACE)
     attention = 2048 * 2048 * 2 + 2048 * 512 * 2

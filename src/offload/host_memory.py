@@ -4,7 +4,7 @@ import dataclasses
 
 from transformers import PretrainedConfig
 
-from src.architecture import one_layer_model
+from src.architecture import head_dim, one_layer_model
 from src.config import RunConfig
 from src.machine import available_host_bytes, local_ranks
 from src.model_utils import TORCH_DTYPES, adapters_of_layer, parameter_counts
@@ -33,8 +33,8 @@ def kept_on_host_bytes(config: RunConfig, shape: PretrainedConfig) -> int:
     width, attention_width = (TORCH_DTYPES[dtype].itemsize for dtype in (config.dtype, config.compute_dtype))
     checkpointed = range(0, shape.num_hidden_layers, config.checkpoint_every)
     inputs = len(checkpointed) - 1
-    heads, head_dim = shape.num_attention_heads, shape.head_dim
-    attention = _pieces_bytes(tokens * heads * head_dim * attention_width) + _pieces_bytes(tokens * heads * 4)
+    heads = shape.num_attention_heads
+    attention = _pieces_bytes(tokens * heads * head_dim(shape) * attention_width) + _pieces_bytes(tokens * heads * 4)
     kept = sum(layer < config.attention_kept for layer in checkpointed)
     return inputs * _pieces_bytes(tokens * shape.hidden_size * width) + kept * attention
 
